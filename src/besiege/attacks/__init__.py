@@ -1,0 +1,1 @@
+"""Every attack, one file a method."""

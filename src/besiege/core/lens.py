@@ -1,0 +1,190 @@
+"""Lenses: oracles that an adversary builds on another oracle. Any white-box attack runs through any of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from besiege.core.meter import Meter
+from besiege.core.oracle import Oracle, State
+from besiege.core.rng import Rng
+from besiege.core.target import Target
+from besiege.core.threat import INF, Ball, Goal, Loss
+
+
+@dataclass
+class Lens:
+    """Passes every question on to ``oracle``; a lens changes the answers that it is there to change."""
+
+    oracle: Oracle
+
+    @property
+    def goal(self) -> Goal:
+        """See `Oracle.goal`."""
+        return self.oracle.goal
+
+    @property
+    def classes(self) -> int:
+        """See `Oracle.classes`."""
+        return self.oracle.classes
+
+    def is_adversarial(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """See `Oracle.is_adversarial`."""
+        return self.oracle.is_adversarial(x, rows)
+
+    def labels(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """See `Oracle.labels`."""
+        return self.oracle.labels(x, rows)
+
+    def loss(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> Tensor:
+        """See `Oracle.loss`."""
+        return self.oracle.loss(x, loss, rows)
+
+    def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """See `Oracle.scores`."""
+        return self.oracle.scores(x, rows)
+
+    def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Oracle.gradient`."""
+        return self.oracle.gradient(x, loss, rows)
+
+    def jacobian(self, x: Tensor, classes: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Oracle.jacobian`."""
+        return self.oracle.jacobian(x, classes, rows)
+
+    def toward(self, classes: Tensor) -> Oracle:
+        """See `Oracle.toward`."""
+        view = copy.copy(self)
+        view.oracle = self.oracle.toward(classes)
+        return view
+
+    def live(self, *state: *State) -> tuple[*State]:
+        """See `Oracle.live`."""
+        return self.oracle.live(*state)
+
+
+@dataclass
+class Nes(Lens):
+    """Estimates ``gradient`` from scores by antithetic sampling (Ilyas et al. 2018, arXiv:1804.08598)."""
+
+    rng: Rng
+    samples: int = 50
+    sigma: float = 0.001
+
+    def live(self, *state: *State) -> tuple[*State]:
+        """See `Oracle.live`; the lens's own streams follow."""
+        (*left, self.rng) = self.oracle.live(*state, self.rng)
+        return cast(tuple[*State], tuple(left))
+
+    def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``samples`` scores an image, in pairs either side of it."""
+        half = self.samples // 2
+        of = torch.arange(len(x), device=x.device) if rows is None else rows
+        noise = self.rng[of].randn(half, *x.shape[1:]).to(x)
+        self.rng.draws += 1
+        noise = torch.cat([noise, -noise], 1)
+        tried = (x[:, None] + self.sigma * noise).flatten(0, 1)
+        values = self.oracle.loss(tried, loss, of.repeat_interleave(2 * half)).view(len(x), -1)
+        known = values.isfinite().all(1)
+        values = torch.where(known[:, None], values, 0)
+        grad = torch.einsum("ns,ns...->n...", values, noise) / (2 * half * self.sigma)
+        return torch.where(known, values.mean(1), torch.inf), grad
+
+
+@dataclass
+class Spsa(Nes):
+    """The same with signs for noise (Uesato et al. 2018, arXiv:1802.05666)."""
+
+    sigma: float = 0.01
+
+    def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``samples`` scores an image, along random sign vectors."""
+        half = self.samples // 2
+        of = torch.arange(len(x), device=x.device) if rows is None else rows
+        noise = self.rng[of].signs(half, *x.shape[1:]).to(x)
+        self.rng.draws += 1
+        tried = torch.cat([x[:, None] + self.sigma * noise, x[:, None] - self.sigma * noise], 1).flatten(0, 1)
+        values = self.oracle.loss(tried, loss, of.repeat_interleave(2 * half)).view(len(x), 2, half)
+        known = values.isfinite().flatten(1).all(1)
+        values = torch.where(known[:, None, None], values, 0)
+        slope = (values[:, 0] - values[:, 1]) / (2 * self.sigma)
+        grad = torch.einsum("ns,ns...->n...", slope, noise) / half
+        return torch.where(known, values.flatten(1).mean(1), torch.inf), grad
+
+
+@dataclass
+class Eot(Lens):
+    """Averages ``gradient`` over random transformations (Athalye et al. 2018, arXiv:1707.07397).
+
+    ``transform(x, rng)`` is differentiable and keeps the shape; the identity averages a randomized target.
+    """
+
+    rng: Rng
+    transform: Callable[[Tensor, Rng], Tensor] = lambda x, rng: x
+    samples: int = 10
+
+    def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mean loss and gradient over ``samples`` draws an image."""
+        of = torch.arange(len(x), device=x.device) if rows is None else rows
+        total, slope = x.new_zeros(len(x)), torch.zeros_like(x)
+        for _ in range(self.samples):
+            leaf = x.detach().requires_grad_()
+            with torch.enable_grad():
+                moved = self.transform(leaf, self.rng[of])
+            self.rng.draws += 1
+            value, grad = self.oracle.gradient(moved.detach(), loss, rows)
+            total += value
+            slope += grad if moved is leaf else torch.autograd.grad(moved, leaf, grad)[0]
+        return total / self.samples, slope / self.samples
+
+    def live(self, *state: *State) -> tuple[*State]:
+        """See `Oracle.live`; the lens's own streams follow."""
+        (*left, self.rng) = self.oracle.live(*state, self.rng)
+        return cast(tuple[*State], tuple(left))
+
+
+class Bpda(Lens):
+    """Takes gradients from ``stand_in``, which answers as the target does but can be differentiated.
+
+    Backward pass differentiable approximation (Athalye et al. 2018, arXiv:1802.00420); see `straight_through`.
+    """
+
+    def __init__(self, oracle: Meter, stand_in: Callable[[Tensor], Tensor]) -> None:
+        view = copy.copy(oracle)
+        view.target = replace(oracle.target, call=stand_in)
+        super().__init__(view)
+
+
+def straight_through(
+    step: Callable[[Tensor], Tensor], smooth: Callable[[Tensor], Tensor] = lambda x: x
+) -> Callable[[Tensor], Tensor]:
+    """``step`` forwards, the gradient of ``smooth`` backwards."""
+
+    def apply(x: Tensor) -> Tensor:
+        near = smooth(x)
+        return near + (step(x) - near).detach()
+
+    return apply
+
+
+class Surrogate(Lens):
+    """Takes gradients from another model; labels and scores stay the target's. Its passes are not queries."""
+
+    def __init__(self, oracle: Oracle, surrogate: Target, x: Tensor) -> None:
+        super().__init__(oracle)
+        self.own = Meter(surrogate, x, oracle.goal, Ball(INF, INF), seeks="optimum")
+
+    def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The surrogate's loss and gradient."""
+        return self.own.gradient(x, loss, rows)
+
+    def live(self, *state: *State) -> tuple[*State]:
+        """See `Oracle.live`; the surrogate's rows follow."""
+        (*left, kept) = self.oracle.live(*state, torch.arange(len(self.own.rows)))
+        self.own.rows, self.own.whole = self.own.rows[kept], False
+        return cast(tuple[*State], tuple(left))

@@ -1,0 +1,246 @@
+"""How a method declares itself, and the registry of those that did."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Concatenate, Generic, Literal, ParamSpec
+
+from torch import Tensor
+
+from besiege.core.errors import BadInput
+from besiege.core.meter import Seeks
+from besiege.core.oracle import Oracle
+from besiege.core.rng import Rng, Stream
+from besiege.core.threat import INF, Access, Ball
+
+P = ParamSpec("P")
+Search = Iterator[Tensor] | typing.Generator[Tensor, Tensor, None]
+Asks = Literal["labels", "probability", "margin"]
+Kind = Literal["evasion", "search", "ensemble"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts about a method, stated once, by the method."""
+
+    name: str
+    title: str
+    family: str
+    kind: Kind
+    paper: str
+    access: Access
+    norms: tuple[float, ...]
+    seeks: Seeks
+    summary: str
+    asks: Asks | None = None
+    start: bool = False
+    targeted: bool = True
+    options: Mapping[str, inspect.Parameter] = field(default_factory=dict, repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Method(Generic[P]):
+    """A registered function. Called with hyper-parameters it gives the `Attack` that has them chosen."""
+
+    card: Card
+    function: Callable[..., Any] = field(repr=False)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Attack:
+        """Choose hyper-parameters, by keyword only."""
+        if args:
+            raise BadInput(f"{self.card.name} takes its options by name")
+        return Attack(self, _checked(self.card, kwargs))
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A method with its hyper-parameters chosen: printable, comparable, recordable."""
+
+    method: Method[Any]
+    arguments: Mapping[str, Any]
+
+    @property
+    def card(self) -> Card:
+        """The method's facts."""
+        return self.method.card
+
+    @property
+    def name(self) -> str:
+        """The method's name on the command line."""
+        return self.card.name
+
+    def __str__(self) -> str:
+        chosen = {k: v for k, v in self.arguments.items() if v != self.card.options[k].default}
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted((k, repr(v)) for k, v in self.arguments.items()))))
+
+    def bound(self) -> Callable[..., Any]:
+        """The function with its options filled in."""
+        return lambda *args: self.method.function(*args, **self.arguments)
+
+
+_REGISTRY: dict[str, Method[Any]] = {}
+
+
+def _declare(kind: Kind, title: str, function: Callable[..., Any], **facts: Any) -> Method[Any]:
+    name = function.__name__.replace("_", "-")
+    options = {
+        p.name: p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
+    card = Card(
+        name=name,
+        title=title,
+        family=function.__module__.split(".")[-2],
+        kind=kind,
+        summary=(inspect.getmodule(function).__doc__ or "").strip().splitlines()[0],
+        options=options,
+        **facts,
+    )
+    method: Method[Any] = Method(card, function)
+    _REGISTRY[name] = method
+    return method
+
+
+def evasion(
+    title: str,
+    *,
+    paper: str,
+    norms: tuple[float, ...],
+    access: Access = Access.GRADIENTS,
+    seeks: Seeks = "success",
+    targeted: bool = True,
+) -> Callable[[Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Tensor | None]], Method[P]]:
+    """Declare a method that works on a whole batch through an oracle; what it returns is its last try."""
+
+    def declare(function: Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Tensor | None]) -> Method[P]:
+        return _declare(
+            "evasion", title, function, paper=paper, norms=norms, access=access, seeks=seeks, targeted=targeted
+        )
+
+    return declare
+
+
+def search(
+    title: str,
+    *,
+    paper: str,
+    norms: tuple[float, ...],
+    asks: Asks,
+    seeks: Seeks = "success",
+    start: bool = False,
+    targeted: bool = True,
+) -> Callable[[Callable[Concatenate[Tensor, Ball, Stream, P], Search]], Method[P]]:
+    """Declare a generator for one image (c, h, w) that yields candidates (m, c, h, w) and is sent m answers.
+
+    With ``start`` the engine finds an adversarial image first and hands it over as ``start`` (keyword).
+    """
+
+    def declare(function: Callable[Concatenate[Tensor, Ball, Stream, P], Search]) -> Method[P]:
+        return _declare(
+            "search",
+            title,
+            function,
+            paper=paper,
+            norms=norms,
+            access=Access.LABELS if asks == "labels" else Access.SCORES,
+            seeks=seeks,
+            asks=asks,
+            start=start,
+            targeted=targeted,
+        )
+
+    return declare
+
+
+def ensemble(
+    title: str, *, paper: str, norms: tuple[float, ...], access: Access, targeted: bool = True
+) -> Callable[[Callable[P, tuple[Attack, ...]]], Method[P]]:
+    """Declare a function that names the attacks of an ensemble; each meets only the images still standing."""
+
+    def declare(function: Callable[P, tuple[Attack, ...]]) -> Method[P]:
+        return _declare(
+            "ensemble", title, function, paper=paper, norms=norms, access=access, seeks="success", targeted=targeted
+        )
+
+    return declare
+
+
+@cache
+def registry() -> Mapping[str, Method[Any]]:
+    """Every method of `besiege.attacks`, by name."""
+    package = importlib.import_module("besiege.attacks")
+    for info in pkgutil.walk_packages(package.__path__, "besiege.attacks."):
+        importlib.import_module(info.name)
+    return dict(sorted(_REGISTRY.items()))
+
+
+def method(name: str) -> Method[Any]:
+    """The method of that name.
+
+    Raises:
+        BadInput: no such method; the nearest name is suggested.
+    """
+    known = registry()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "`besiege list` shows them all"
+        raise BadInput(f"there is no method {name!r}; {hint}")
+    return known[name]
+
+
+def make(name: str, **options: Any) -> Attack:
+    """The attack with those options; strings, as from a command line, are read by the option's type."""
+    chosen = method(name)
+    return chosen(**{key: _read(chosen.card, key, value) for key, value in options.items()})
+
+
+def _read(card: Card, key: str, value: Any) -> Any:
+    key = key.replace("-", "_")
+    if not isinstance(value, str) or key not in card.options:
+        return value
+    kind = card.options[key].annotation
+    if kind is bool and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+        return value.lower() in ("true", "yes", "1")
+    try:
+        if kind is int:
+            return int(value)
+        if kind in (float, float | None):
+            from besiege.core.threat import number
+
+            return number(value)
+        if kind == int | None:
+            return None if value.lower() == "none" else int(value)
+    except ValueError:
+        raise BadInput(f"{card.name}: {key} must be a {getattr(kind, '__name__', kind)}, not {value!r}") from None
+    return value
+
+
+def _checked(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in options.items():
+        if key not in card.options:
+            near = difflib.get_close_matches(key, card.options, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(card.options) or 'none'}"
+            raise BadInput(f"{card.name} has no option {key!r}; {hint}")
+        kind = card.options[key].annotation
+        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+            raise BadInput(
+                f"{card.name}: {key} must be one of {', '.join(map(str, typing.get_args(kind)))}, not {value!r}"
+            )
+        if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise BadInput(f"{card.name}: {key} must be a number, not {value!r}")
+        if kind is int and isinstance(value, float):
+            raise BadInput(f"{card.name}: {key} must be a whole number, not {value!r}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < INF:
+            raise BadInput(f"{card.name}: {key} must not be negative or infinite, but is {value}")
+        if key in ("steps", "restarts", "samples", "searches") and value < 1:
+            raise BadInput(f"{card.name}: {key} must be at least 1, not {value}")
+    return {key: options.get(key, option.default) for key, option in card.options.items()}

@@ -1,0 +1,287 @@
+"""Runs one evasion attack on one target: the search, then the judge."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from besiege.core.errors import BadInput
+from besiege.core.images import Images
+from besiege.core.meter import Meter
+from besiege.core.method import Attack
+from besiege.core.oracle import Finished, Oracle
+from besiege.core.pool import pool
+from besiege.core.rng import Rng
+from besiege.core.target import Target
+from besiege.core.threat import INF, NORM_NAMES, Ball, Goal, ThreatModel
+
+SHARD_PIXELS = 1 << 26
+"""A shard holds at most this many numbers, so that a method's state fits in memory."""
+
+Lensing = Callable[[Meter, Tensor, Rng], Oracle]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one attack claims of n images, tensors with one row an image; nothing in it is believed yet.
+
+    ``attacked`` (n,) leaves out what the clean target gets wrong (and, if targeted, what bears the target
+    class already). ``adv`` is the original where ``success`` is not. ``distance`` is that of ``adv``, inf
+    where there is none; ``needed`` the forward passes up to the first success, -1 where there was none.
+    """
+
+    attack: str
+    threat: ThreatModel
+    seed: int
+    index: Tensor
+    label: Tensor
+    goal: Tensor
+    clean: Tensor
+    attacked: Tensor
+    adv: Tensor
+    success: Tensor
+    distance: Tensor
+    forward: Tensor
+    backward: Tensor
+    needed: Tensor
+    seconds: float
+    cpu_seconds: float
+    sent: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...] = ()
+
+
+def evade(
+    attack: Attack,
+    target: Target,
+    images: Images,
+    threat: ThreatModel,
+    *,
+    seed: int = 0,
+    target_class: int | None = None,
+    lens: Lensing | None = None,
+    starts: Tensor | None = None,
+    clean: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Attack ``images`` on ``target``; `besiege.engine.judge.judge` verifies what comes back.
+
+    ``starts`` (m, c, h, w) are images that a decision-based attack may start from where noise does not
+    succeed; ``clean`` (n,) the clean predictions, if they are known already. Results do not depend on how
+    many images there are, nor on their order.
+
+    Raises:
+        BadInput: the attack does not fit the threat model or the target.
+    """
+    _fits(attack, target, images, threat, target_class)
+    clean = target.labels(images.x) if clean is None else clean
+    goal = images.y.clone() if target_class is None else torch.full_like(images.y, target_class)
+    attacked = clean == images.y
+    if target_class is not None:
+        attacked &= images.y != target_class
+    chosen = attacked.nonzero().squeeze(1)
+    n = len(images)
+    out = _Books(images)
+    size = max(target.batch, SHARD_PIXELS // images.x[0].numel())
+    began, cpu = time.monotonic(), time.process_time()
+    deadline = None if threat.seconds is None else began + threat.seconds
+    notes: list[str] = []
+    for rows in torch.split(chosen, size):
+        meter = Meter(
+            target,
+            images.x[rows],
+            Goal(goal[rows], target_class is not None),
+            threat.ball,
+            seeks=attack.card.seeks,
+            access=threat.access,
+            queries=threat.queries,
+            deadline=deadline,
+            progress=progress,
+        )
+        with target.ready():
+            _run(attack, meter, images.index[rows], seed, lens, starts, notes)
+            _settle(meter)
+        out.take(rows, meter)
+    within = out.distance <= threat_eps(threat.ball) * (1 + 1e-6) + 1e-7
+    success = out.found & within
+    return Outcome(
+        attack=str(attack),
+        threat=threat,
+        seed=seed,
+        index=images.index,
+        label=images.y,
+        goal=goal,
+        clean=clean,
+        attacked=attacked,
+        adv=out.adv,
+        success=success,
+        distance=torch.where(out.found, out.distance, INF),
+        forward=out.forward,
+        backward=out.backward,
+        needed=out.needed,
+        seconds=time.monotonic() - began,
+        cpu_seconds=time.process_time() - cpu,
+        sent=tuple(out.sent),
+        notes=tuple(notes) if n else (),
+    )
+
+
+def threat_eps(ball: Ball) -> float:
+    """The radius as a number."""
+    return float(ball.eps)
+
+
+class _Books:
+    """Collects the shards' books into tensors over all images."""
+
+    def __init__(self, images: Images) -> None:
+        n, device = len(images), images.x.device
+        self.adv = images.x.clone()
+        self.found = torch.zeros(n, dtype=torch.bool, device=device)
+        self.distance = torch.full((n,), INF, device=device)
+        self.forward = torch.zeros(n, dtype=torch.int64, device=device)
+        self.backward = torch.zeros(n, dtype=torch.int64, device=device)
+        self.needed = torch.full((n,), -1, dtype=torch.int64, device=device)
+        self.sent: list[tuple[int, int]] = []
+
+    def take(self, rows: Tensor, meter: Meter) -> None:
+        self.adv[rows] = meter.best
+        self.sent += meter.sent
+        for name in ("found", "distance", "forward", "backward", "needed"):
+            getattr(self, name)[rows] = getattr(meter, name)
+
+
+def _fits(attack: Attack, target: Target, images: Images, threat: ThreatModel, target_class: int | None) -> None:
+    card = attack.card
+    if threat.ball.norm not in card.norms:
+        works = ", ".join(NORM_NAMES[n] for n in card.norms)
+        raise BadInput(f"{card.name} works in {works}, not in {NORM_NAMES[threat.ball.norm]}")
+    if min(threat.access, target.access) < card.access:
+        raise BadInput(
+            f"{card.name} needs {card.access.name.lower()}, but {target.name} grants "
+            f"{min(threat.access, target.access).name.lower()}"
+        )
+    if target_class is not None and not card.targeted:
+        raise BadInput(f"{card.name} is untargeted; leave the target class out")
+    if target_class is not None and not 0 <= target_class < target.classes:
+        raise BadInput(f"target class {target_class} is not among the {target.classes} classes from 0")
+    if images.shape != target.shape:
+        raise BadInput(f"the images are {images.shape} (c, h, w), but {target.name} takes {target.shape}")
+    if int(images.y.max()) >= target.classes:
+        raise BadInput(
+            f"label {int(images.y.max())} is out of range: {target.name} has classes 0 to {target.classes - 1}"
+        )
+    if attack.card.seeks == "success" and math.isinf(threat_eps(threat.ball)):
+        raise BadInput(f"{card.name} needs a radius; give eps")
+
+
+def _run(
+    attack: Attack,
+    meter: Meter,
+    index: Tensor,
+    seed: int,
+    lens: Lensing | None,
+    starts: Tensor | None,
+    notes: list[str],
+) -> None:
+    """One method, or the parts of an ensemble one after another on the same books."""
+    if attack.card.kind == "ensemble":
+        for part in attack.bound()():
+            _run(part, meter, index, seed, lens, starts, notes)
+        return
+    rng = Rng.of(seed, index, attack.name)
+    if attack.card.kind == "search":
+        _search(attack, meter, rng, starts, notes)
+        return
+    oracle: Oracle = meter if lens is None else lens(meter, meter.x, Rng.of(seed, index, attack.name + "/lens"))
+    try:
+        last = attack.bound()(oracle, meter.x, meter.ball, rng)
+        if last is not None:
+            meter.is_adversarial(last)
+    except Finished:
+        pass
+    meter.rows, meter.whole = torch.arange(len(meter.x), device=meter.x.device), True
+
+
+def _search(attack: Attack, meter: Meter, rng: Rng, starts: Tensor | None, notes: list[str]) -> None:
+    function, asks = attack.bound(), attack.card.asks or "margin"
+    if not attack.card.start:
+        pool(meter, lambda i: function(meter.x[i], meter.ball, rng.stream(i)), asks, _open(meter))
+        return
+    begun, lost = find_starts(meter, Rng(rng.keys, draws=1 << 20), starts)
+    if len(lost):
+        notes.append(f"{len(lost)} images have no starting point")
+        meter.retire(lost)
+    pool(
+        meter,
+        lambda i: attack.method.function(meter.x[i], meter.ball, rng.stream(i), start=begun[i], **attack.arguments),
+        asks,
+        _open(meter),
+    )
+
+
+def _open(meter: Meter) -> list[int]:
+    return (~meter.done).nonzero().squeeze(1).tolist()
+
+
+def find_starts(meter: Meter, rng: Rng, starts: Tensor | None, tries: int = 20) -> tuple[Tensor, Tensor]:
+    """An adversarial image for each row, and the rows that have none: uniform noise first, then ``starts``.
+
+    Every try counts. The last resort is a mixture of the two.
+    """
+    begun = meter.x.clone()
+    waiting = ~meter.done
+    candidates: Iterator[Any] = iter(range(tries + (0 if starts is None else len(starts))))
+    for k in candidates:
+        rows = waiting.nonzero().squeeze(1)
+        if not len(rows):
+            break
+        if k < tries:
+            tried = rng.rand(*meter.x.shape[1:])[rows].to(meter.x)
+        else:
+            tried = starts[k - tries].to(meter.x).expand_as(meter.x[rows])  # type: ignore[index]
+        try:
+            won = meter.is_adversarial(tried, rows) & ~meter.done[rows]
+        except Finished:
+            break
+        begun[rows[won]] = tried[won]
+        waiting[rows[won]] = False
+    return begun, (waiting & ~meter.done).nonzero().squeeze(1)
+
+
+def _settle(meter: Meter) -> None:
+    """Confirm what was found by a pass of its own; where rounding undoes it, step outward a little.
+
+    A point on the decision boundary can change sides with the batch it is computed in. The extra passes count.
+    """
+    shaky = meter.found.nonzero().squeeze(1)
+    for push in (0.0, 1e-5, 1e-4, 1e-3):
+        rows = shaky
+        if not len(rows):
+            return
+        origin = meter.x[rows]
+        tried = (origin + (meter.best[rows] - origin) * (1 + push)).clamp(0, 1)
+        if meter.seeks != "minimum":
+            tried = meter.ball.project(tried, origin) if push else tried
+        with torch.no_grad():
+            hit = torch.cat(
+                [
+                    meter.outer[ids].reached(meter.target.answer(part))
+                    for part, ids in zip(
+                        torch.split(tried, meter.target.batch), torch.split(rows, meter.target.batch), strict=True
+                    )
+                ]
+            )
+        meter.forward[rows] += 1
+        good = rows[hit]
+        meter.best[good] = tried[hit]
+        meter.distance[good] = meter.ball.distance(tried[hit], origin[hit])
+        shaky = rows[~hit]
+    meter.found[shaky] = False
+    meter.distance[shaky] = INF
+    meter.best[shaky] = meter.x[shaky]

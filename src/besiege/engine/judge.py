@@ -1,0 +1,126 @@
+"""Believes nothing: looks at every claimed success afresh, on the clean target. Shares no code with the search."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from besiege.core.errors import BadOutcome
+from besiege.core.images import Images
+from besiege.core.target import Target
+from besiege.engine.evasion import Outcome
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What stands of an outcome, one row an image.
+
+    ``success`` is a claim that a fresh forward pass confirmed, ``success_8bit`` one that survives rounding to
+    8 bits toward the original, ``noise`` whether a random perturbation of the same size does as well;
+    ``distance`` is measured again, in float64, inf where there is no success.
+    """
+
+    success: Tensor
+    success_8bit: Tensor
+    noise: Tensor
+    distance: Tensor
+    label: Tensor
+    confidence: Tensor
+
+
+def judge(outcome: Outcome, target: Target, images: Images) -> Verdict:
+    """Verify ``outcome`` against the images it came from.
+
+    Raises:
+        BadOutcome: it is not of these images, or a claimed success is not finite, outside [0, 1] or out of
+            its ball. A claim that the target's label does not confirm is no error: it is not a success.
+    """
+    if outcome.adv.shape != images.x.shape or not torch.equal(outcome.index, images.index):
+        raise BadOutcome(f"{outcome.attack}: the outcome does not belong to these images")
+    claimed = outcome.success.nonzero().squeeze(1)
+    x, adv = images.x[claimed].double(), outcome.adv[claimed].double()
+    if not bool(adv.isfinite().all()):
+        raise BadOutcome(f"{outcome.attack}: a claimed success holds numbers that are not finite")
+    if bool((adv < 0).any()) or bool((adv > 1).any()):
+        raise BadOutcome(f"{outcome.attack}: a claimed success leaves [0, 1]")
+    far = _norm(adv - x, outcome.threat.ball.norm)
+    eps = float(outcome.threat.ball.eps)
+    if bool((far > eps * (1 + 1e-6) + 1e-7).any()):
+        raise BadOutcome(f"{outcome.attack}: a claimed success lies {float(far.max()):.6g} away, beyond eps {eps:.6g}")
+
+    n, device = len(images), images.x.device
+    success = torch.zeros(n, dtype=torch.bool, device=device)
+    rounded = torch.zeros(n, dtype=torch.bool, device=device)
+    noise = torch.zeros(n, dtype=torch.bool, device=device)
+    distance = torch.full((n,), math.inf, dtype=torch.float64, device=device)
+    label = outcome.clean.clone()
+    confidence = torch.zeros(n, device=device)
+    if len(claimed):
+        targeted, goal = outcome.threat.targeted, outcome.goal[claimed]
+        scores, rejected = _fresh(target, outcome.adv[claimed])
+        said = scores.argmax(1)
+        won = ((said == goal) if targeted else (said != goal)) & scores.isfinite().all(1) & ~rejected
+        success[claimed] = won
+        distance[claimed] = torch.where(won, far, math.inf)
+        label[claimed] = said
+        confidence[claimed] = scores.softmax(1).amax(1)
+        scores, rejected = _fresh(target, eight_bits(outcome.adv[claimed], images.x[claimed]))
+        said = scores.argmax(1)
+        rounded[claimed] = won & ((said == goal) if targeted else (said != goal)) & ~rejected
+    _noise(outcome, target, images, far, claimed, noise)
+    return Verdict(success, rounded, noise, distance, label, confidence)
+
+
+def eight_bits(adv: Tensor, x: Tensor) -> Tensor:
+    """``adv`` on the grid of 8-bit pixels, every change rounded toward ``x``."""
+    grid = adv.double() * 255
+    toward = torch.where(adv > x, (grid + 1e-4).floor(), torch.where(adv < x, (grid - 1e-4).ceil(), grid.round()))
+    return (toward / 255).clamp(0, 1).to(adv)
+
+
+def _fresh(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
+    scores, rejected = [], []
+    with torch.no_grad(), target.ready():
+        for part in torch.split(x, target.batch):
+            answer = target.answer(part)
+            scores.append(answer.scores)
+            excess = answer.excess
+            rejected.append(torch.zeros(len(part), dtype=torch.bool, device=x.device) if excess is None else excess > 0)
+    return torch.cat(scores), torch.cat(rejected)
+
+
+def _norm(delta: Tensor, norm: float) -> Tensor:
+    if norm == 0:
+        return (delta.abs().amax(1) > 0).flatten(1).sum(1).double()
+    size: Tensor = torch.linalg.vector_norm(delta.flatten(1), ord=norm, dim=1)
+    return size
+
+
+def _noise(outcome: Outcome, target: Target, images: Images, far: Tensor, claimed: Tensor, noise: Tensor) -> None:
+    """A random perturbation as large as the attack's (as eps, where it failed): the floor of any attack."""
+    eps, norm = float(outcome.threat.ball.eps), outcome.threat.ball.norm
+    size = torch.full((len(images),), eps, dtype=torch.float64, device=images.x.device)
+    size[claimed] = far
+    rows = (outcome.attacked & size.isfinite()).nonzero().squeeze(1)
+    if not len(rows):
+        return
+    moved = []
+    for row in rows.tolist():
+        one = torch.Generator().manual_seed(int(images.index[row]) + 1_000_003 * outcome.seed)
+        wild = torch.randn(images.x.shape[1:], generator=one).to(images.x)
+        x, reach = images.x[row], float(size[row])
+        if norm == math.inf:
+            step = wild.sign() * reach
+        elif norm == 0:
+            order = torch.rand(x.shape[1:], generator=one).to(x).flatten().argsort().argsort().view(x.shape[1:])
+            step = (wild.sign() - x) * (order < reach)
+        else:
+            step = wild * reach / torch.linalg.vector_norm(wild, ord=norm)
+        moved.append((x + step).clamp(0, 1))
+    scores, rejected = _fresh(target, torch.stack(moved))
+    said = scores.argmax(1)
+    goal = outcome.goal[rows]
+    noise[rows] = ((said == goal) if outcome.threat.targeted else (said != goal)) & ~rejected
