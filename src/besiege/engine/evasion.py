@@ -18,11 +18,17 @@ from besiege.core.method import Attack
 from besiege.core.oracle import Finished, Oracle
 from besiege.core.pool import pool
 from besiege.core.rng import Rng
-from besiege.core.target import Target
+from besiege.core.target import Execution, Target
 from besiege.core.threat import INF, NORM_NAMES, Ball, Goal, ThreatModel
 
 SHARD_PIXELS = 1 << 26
 """A shard holds at most this many numbers, so that a method's state fits in memory."""
+
+PUSHES = (0.0, 1e-5, 1e-4, 1e-3)
+"""How far, relative to its size, a perturbation is stretched until the clean target confirms it."""
+
+DRAWS = 20
+"""A random target has fallen when most of this many draws say so."""
 
 Lensing = Callable[[Meter, Tensor, Rng], Oracle]
 
@@ -67,12 +73,14 @@ def evade(
     lens: Lensing | None = None,
     starts: Tensor | None = None,
     clean: Tensor | None = None,
+    execution: Execution = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Attack ``images`` on ``target``; `besiege.engine.judge.judge` verifies what comes back.
 
     ``starts`` (m, c, h, w) are images that a decision-based attack may start from where noise does not
-    succeed; ``clean`` (n,) the clean predictions, if they are known already. Results do not depend on how
+    succeed; ``clean`` (n,) the clean predictions, if they are known already. ``execution`` is how the search
+    runs the model (`Target.tuned`); what it finds is confirmed on ``target`` as it is. Results do not depend on how
     many images there are, nor on their order.
 
     Raises:
@@ -80,6 +88,7 @@ def evade(
     """
     _fits(attack, target, images, threat, target_class)
     clean = target.labels(images.x) if clean is None else clean
+    fast = target.tuned(execution)
     goal = images.y.clone() if target_class is None else torch.full_like(images.y, target_class)
     attacked = clean == images.y
     if target_class is not None:
@@ -91,21 +100,24 @@ def evade(
     began, cpu = time.monotonic(), time.process_time()
     deadline = None if threat.seconds is None else began + threat.seconds
     notes: list[str] = []
+    spare = len(PUSHES) * (DRAWS if target.stochastic else 1)
+    queries = threat.queries if threat.queries is None or threat.queries < 10 * spare else threat.queries - spare
     for rows in torch.split(chosen, size):
         meter = Meter(
-            target,
+            fast,
             images.x[rows],
             Goal(goal[rows], target_class is not None),
             threat.ball,
             seeks=attack.card.seeks,
             access=threat.access,
-            queries=threat.queries,
+            queries=queries,
             deadline=deadline,
             progress=progress,
         )
-        with target.ready():
+        with fast.ready(), target.ready():
             _run(attack, meter, images.index[rows], seed, lens, starts, notes)
-            _settle(meter)
+            if queries is None or queries != threat.queries:
+                _settle(meter, target)
         out.take(rows, meter)
     within = out.distance <= threat_eps(threat.ball) * (1 + 1e-6) + 1e-7
     success = out.found & within
@@ -254,30 +266,24 @@ def find_starts(meter: Meter, rng: Rng, starts: Tensor | None, tries: int = 20) 
     return begun, (waiting & ~meter.done).nonzero().squeeze(1)
 
 
-def _settle(meter: Meter) -> None:
+def _settle(meter: Meter, target: Target) -> None:
     """Confirm what was found by a pass of its own; where rounding undoes it, step outward a little.
 
-    A point on the decision boundary can change sides with the batch it is computed in. The extra passes count.
+    A point on the decision boundary can change sides with the batch or the layout it is computed in. The extra
+    passes count, and a budget of queries sets them aside beforehand (where it is too small for that, nothing is
+    confirmed here).
     """
-    shaky = meter.found.nonzero().squeeze(1)
-    for push in (0.0, 1e-5, 1e-4, 1e-3):
+    shaky, draws = meter.found.nonzero().squeeze(1), DRAWS if target.stochastic else 1
+    for push in PUSHES:
         rows = shaky
         if not len(rows):
             return
-        origin = meter.x[rows]
-        tried = (origin + (meter.best[rows] - origin) * (1 + push)).clamp(0, 1)
-        if meter.seeks != "minimum":
-            tried = meter.ball.project(tried, origin) if push else tried
-        with torch.no_grad():
-            hit = torch.cat(
-                [
-                    meter.outer[ids].reached(meter.target.answer(part))
-                    for part, ids in zip(
-                        torch.split(tried, meter.target.batch), torch.split(rows, meter.target.batch), strict=True
-                    )
-                ]
-            )
-        meter.forward[rows] += 1
+        origin, tried = meter.x[rows], meter.best[rows]
+        if push:
+            tried = (origin + (tried - origin) * (1 + push)).clamp(0, 1)
+            tried = tried if meter.seeks == "minimum" else meter.ball.project(tried, origin)
+        hit = sum(_reached(meter, target, tried, rows).float() for _ in range(draws)) * 2 > draws
+        meter.forward[rows] += draws
         good = rows[hit]
         meter.best[good] = tried[hit]
         meter.distance[good] = meter.ball.distance(tried[hit], origin[hit])
@@ -285,3 +291,9 @@ def _settle(meter: Meter) -> None:
     meter.found[shaky] = False
     meter.distance[shaky] = INF
     meter.best[shaky] = meter.x[shaky]
+
+
+def _reached(meter: Meter, target: Target, tried: Tensor, rows: Tensor) -> Tensor:
+    parts = zip(torch.split(tried, target.batch), torch.split(rows, target.batch), strict=True)
+    with torch.no_grad():
+        return torch.cat([meter.outer[ids].reached(target.answer(part)) for part, ids in parts])

@@ -13,6 +13,9 @@ from besiege.core.images import Images
 from besiege.core.target import Target
 from besiege.engine.evasion import Outcome
 
+DRAWS = 20
+"""How often a random target is asked."""
+
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
@@ -60,16 +63,10 @@ def judge(outcome: Outcome, target: Target, images: Images) -> Verdict:
     confidence = torch.zeros(n, device=device)
     if len(claimed):
         targeted, goal = outcome.threat.targeted, outcome.goal[claimed]
-        scores, rejected = _fresh(target, outcome.adv[claimed])
-        said = scores.argmax(1)
-        won = ((said == goal) if targeted else (said != goal)) & scores.isfinite().all(1) & ~rejected
+        won, label[claimed], confidence[claimed] = _fresh(target, outcome.adv[claimed], goal, targeted)
         success[claimed] = won
         distance[claimed] = torch.where(won, far, math.inf)
-        label[claimed] = said
-        confidence[claimed] = scores.softmax(1).amax(1)
-        scores, rejected = _fresh(target, eight_bits(outcome.adv[claimed], images.x[claimed]))
-        said = scores.argmax(1)
-        rounded[claimed] = won & ((said == goal) if targeted else (said != goal)) & ~rejected
+        rounded[claimed] = won & _fresh(target, eight_bits(outcome.adv[claimed], images.x[claimed]), goal, targeted)[0]
     _noise(outcome, target, images, far, claimed, noise)
     return Verdict(success, rounded, noise, distance, label, confidence)
 
@@ -81,15 +78,23 @@ def eight_bits(adv: Tensor, x: Tensor) -> Tensor:
     return (toward / 255).clamp(0, 1).to(adv)
 
 
-def _fresh(target: Target, x: Tensor) -> tuple[Tensor, Tensor]:
-    scores, rejected = [], []
+def _fresh(target: Target, x: Tensor, goal: Tensor, targeted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Success, label and confidence (n,) by a new forward pass; of a random target, what most of 20 say."""
+    draws = DRAWS if target.stochastic else 1
+    wins = torch.zeros(len(x), device=x.device)
+    mean = torch.zeros(len(x), target.classes, dtype=torch.float64, device=x.device)
     with torch.no_grad(), target.ready():
-        for part in torch.split(x, target.batch):
-            answer = target.answer(part)
-            scores.append(answer.scores)
-            excess = answer.excess
-            rejected.append(torch.zeros(len(part), dtype=torch.bool, device=x.device) if excess is None else excess > 0)
-    return torch.cat(scores), torch.cat(rejected)
+        for _ in range(draws):
+            answers = [target.answer(part) for part in torch.split(x, target.batch)]
+            scores = torch.cat([answer.scores for answer in answers])
+            said = scores.argmax(1)
+            won = ((said == goal) if targeted else (said != goal)) & scores.isfinite().all(1)
+            if answers[0].excess is not None:
+                won &= torch.cat([answer.excess for answer in answers if answer.excess is not None]) <= 0
+            wins += won
+            mean += scores.double().softmax(1) / draws
+    top = mean.max(1)
+    return wins * 2 > draws, top.indices, top.values.float()
 
 
 def _norm(delta: Tensor, norm: float) -> Tensor:
@@ -120,7 +125,4 @@ def _noise(outcome: Outcome, target: Target, images: Images, far: Tensor, claime
         else:
             step = wild * reach / torch.linalg.vector_norm(wild, ord=norm)
         moved.append((x + step).clamp(0, 1))
-    scores, rejected = _fresh(target, torch.stack(moved))
-    said = scores.argmax(1)
-    goal = outcome.goal[rows]
-    noise[rows] = ((said == goal) if outcome.threat.targeted else (said != goal)) & ~rejected
+    noise[rows] = _fresh(target, torch.stack(moved), outcome.goal[rows], outcome.threat.targeted)[0]
