@@ -19,11 +19,12 @@ from besiege.core.meter import Seeks
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng, Stream
 from besiege.core.threat import INF, Access, Ball
+from besiege.core.trigger import Trigger
 
 P = ParamSpec("P")
 Search = Iterator[Tensor] | typing.Generator[Tensor, Tensor, None]
 Asks = Literal["labels", "probability", "margin"]
-Kind = Literal["evasion", "search", "ensemble"]
+Kind = Literal["evasion", "search", "universal", "ensemble"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,22 @@ def search(
             asks=asks,
             start=start,
             targeted=targeted,
+        )
+
+    return declare
+
+
+def universal(
+    title: str, *, paper: str, norms: tuple[float, ...], access: Access = Access.GRADIENTS, targeted: bool = False
+) -> Callable[[Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Trigger]], Method[P]]:
+    """Declare a method that fits one perturbation for all images, on training images (m, c, h, w).
+
+    It is judged on others. One image's result depends on the training images, never on its neighbours.
+    """
+
+    def declare(function: Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Trigger]) -> Method[P]:
+        return _declare(
+            "universal", title, function, paper=paper, norms=norms, access=access, seeks="success", targeted=targeted
         )
 
     return declare

@@ -20,6 +20,7 @@ from besiege.core.pool import pool
 from besiege.core.rng import Rng
 from besiege.core.target import Execution, Target
 from besiege.core.threat import INF, NORM_NAMES, Ball, Goal, ThreatModel
+from besiege.core.trigger import Trigger
 
 SHARD_PIXELS = 1 << 26
 """A shard holds at most this many numbers, so that a method's state fits in memory."""
@@ -60,6 +61,9 @@ class Outcome:
     cpu_seconds: float
     sent: tuple[tuple[int, int], ...]
     notes: tuple[str, ...] = ()
+    setup_forward: int = 0
+    setup_backward: int = 0
+    setup_seconds: float = 0.0
 
 
 def evade(
@@ -72,6 +76,7 @@ def evade(
     target_class: int | None = None,
     lens: Lensing | None = None,
     starts: Tensor | None = None,
+    training: Images | None = None,
     clean: Tensor | None = None,
     execution: Execution = "auto",
     progress: Callable[[int], None] | None = None,
@@ -79,9 +84,9 @@ def evade(
     """Attack ``images`` on ``target``; `besiege.engine.judge.judge` verifies what comes back.
 
     ``starts`` (m, c, h, w) are images that a decision-based attack may start from where noise does not
-    succeed; ``clean`` (n,) the clean predictions, if they are known already. ``execution`` is how the search
-    runs the model (`Target.tuned`); what it finds is confirmed on ``target`` as it is. Results do not depend on how
-    many images there are, nor on their order.
+    succeed; ``training`` those that a universal perturbation is fitted on; ``clean`` (n,) the clean predictions,
+    if they are known already. ``execution`` is how the search runs the model (`Target.tuned`); what it finds is
+    confirmed on ``target`` as it is. Results do not depend on how many images there are, nor on their order.
 
     Raises:
         BadInput: the attack does not fit the threat model or the target.
@@ -94,7 +99,6 @@ def evade(
     if target_class is not None:
         attacked &= images.y != target_class
     chosen = attacked.nonzero().squeeze(1)
-    n = len(images)
     out = _Books(images)
     size = max(target.batch, SHARD_PIXELS // images.x[0].numel())
     began, cpu = time.monotonic(), time.process_time()
@@ -102,6 +106,10 @@ def evade(
     notes: list[str] = []
     spare = len(PUSHES) * (DRAWS if target.stochastic else 1)
     queries = threat.queries if threat.queries is None or threat.queries < 10 * spare else threat.queries - spare
+    trigger, setup = None, Setup()
+    if attack.card.kind == "universal":
+        trigger, setup = fit_universal(attack, fast, training, threat, seed, target_class)
+        began, cpu = time.monotonic(), time.process_time()
     for rows in torch.split(chosen, size):
         meter = Meter(
             fast,
@@ -115,7 +123,10 @@ def evade(
             progress=progress,
         )
         with fast.ready(), target.ready():
-            _run(attack, meter, images.index[rows], seed, lens, starts, notes)
+            if trigger is None:
+                _run(attack, meter, images.index[rows], seed, lens, starts, notes)
+            else:
+                meter.is_adversarial(meter.ball.project(trigger(meter.x), meter.x))
             if queries is None or queries != threat.queries:
                 _settle(meter, target)
         out.take(rows, meter)
@@ -139,8 +150,46 @@ def evade(
         seconds=time.monotonic() - began,
         cpu_seconds=time.process_time() - cpu,
         sent=tuple(out.sent),
-        notes=tuple(notes) if n else (),
+        notes=tuple(notes),
+        setup_forward=setup.forward,
+        setup_backward=setup.backward,
+        setup_seconds=setup.seconds,
     )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What fitting a universal perturbation cost, all training images together."""
+
+    forward: int = 0
+    backward: int = 0
+    seconds: float = 0.0
+
+
+def fit_universal(
+    attack: Attack, target: Target, training: Images | None, threat: ThreatModel, seed: int, target_class: int | None
+) -> tuple[Trigger, Setup]:
+    """Fit the one perturbation on ``training``; the labels to leave are the target's own there.
+
+    Raises:
+        BadInput: there are no training images.
+    """
+    if training is None or not len(training):
+        raise BadInput(f"{attack.name} fits its perturbation on images apart from those it is judged on; give some")
+    began = time.monotonic()
+    labels = target.labels(training.x) if target_class is None else torch.full_like(training.y, target_class)
+    meter = Meter(
+        target,
+        training.x,
+        Goal(labels, target_class is not None),
+        threat.ball,
+        seeks="optimum",
+        access=threat.access,
+        deadline=None if threat.seconds is None else began + threat.seconds,
+    )
+    with target.ready():
+        trigger = attack.bound()(meter, meter.x, meter.ball, Rng.of(seed, training.index, attack.name))
+    return trigger, Setup(int(meter.forward.sum()), int(meter.backward.sum()), time.monotonic() - began)
 
 
 def threat_eps(ball: Ball) -> float:
