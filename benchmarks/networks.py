@@ -6,6 +6,7 @@ folder is read from ``BESIEGE_DATA``, by default ``../shared/data``.
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -135,3 +136,49 @@ def bench(network: str, n: int) -> tuple[Target, Images]:
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     images = Images.of(x, torch.from_numpy(file["y"]), name=f"bench-{network}")[:n]
     return Target.of(build(), classes=10, shape=images.shape, name=network), images
+
+
+class SmallCNN(nn.Module):
+    """The network that TRADES (Zhang et al. 2019) trains on MNIST."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = {"conv1": (1, 32), "conv2": (32, 32), "conv3": (32, 64), "conv4": (64, 64)}
+        self.feature_extractor = nn.ModuleDict({k: nn.Conv2d(*w, 3) for k, w in widths.items()})
+        widths = {"fc1": (1024, 200), "fc2": (200, 200), "fc3": (200, 10)}
+        self.classifier = nn.ModuleDict({k: nn.Linear(*w) for k, w in widths.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, dense = self.feature_extractor, self.classifier
+        x = F.max_pool2d(F.relu(conv["conv2"](F.relu(conv["conv1"](x)))), 2)
+        x = F.max_pool2d(F.relu(conv["conv4"](F.relu(conv["conv3"](x)))), 2)
+        return dense["fc3"](F.relu(dense["fc2"](F.relu(dense["fc1"](x.flatten(1))))))
+
+
+def strided_cnn() -> nn.Module:
+    """Wong & Kolter's network: two convolutions of stride 2, two dense layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 4, 2, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1568, 100),
+        nn.ReLU(),
+        nn.Linear(100, 10),
+    )
+
+
+def robust_net(name: str) -> nn.Module:
+    """A network of `robust_nets` that was trained on MNIST against attacks, such as ``fast_mnist_pgd``."""
+    empty = SmallCNN() if name == "trades_mnist_smallcnn" else strided_cnn()
+    return _load(empty, f"robust_nets/{name}.safetensors")
+
+
+def mnist(n: int) -> Images:
+    """The first ``n`` test images of MNIST."""
+    with gzip.open(folder() / "mnist" / "t10k-images-idx3-ubyte.gz") as file:
+        x = np.frombuffer(file.read(16 + 784 * n), np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    with gzip.open(folder() / "mnist" / "t10k-labels-idx1-ubyte.gz") as file:
+        y = np.frombuffer(file.read(8 + n), np.uint8, offset=8)
+    return Images.of(torch.from_numpy(x / np.float32(255)), torch.from_numpy(y.astype(np.int64)), name="mnist")

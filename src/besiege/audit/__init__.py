@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The siege as a plan of cells, and what runs it."""

@@ -16,7 +16,7 @@ class Images:
     """``x`` (n, c, h, w) float in [0, 1] and ``y`` (n,) int64 labels.
 
     ``index`` (n,) numbers the images in the set they came from and names their random streams; ``names``
-    holds the classes in label order where the source knows them.
+    holds the classes in label order where the source knows them; ``notes`` says what was decided in reading them.
     """
 
     x: Tensor
@@ -24,6 +24,7 @@ class Images:
     index: Tensor
     name: str = "images"
     names: Sequence[str] | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, *, name: str = "images", names: Sequence[str] | None = None) -> Images:

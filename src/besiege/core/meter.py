@@ -51,7 +51,7 @@ class Meter:
         self.done = torch.zeros(n, dtype=torch.bool, device=device)
         self.found = torch.zeros(n, dtype=torch.bool, device=device)
         self.best = x.clone()
-        self.distance = torch.full((n,), INF, device=device)
+        self.distance = torch.full((n,), INF, dtype=x.dtype, device=device)
         self.forward = torch.zeros(n, dtype=torch.int64, device=device)
         self.backward = torch.zeros(n, dtype=torch.int64, device=device)
         self.needed = torch.full((n,), -1, dtype=torch.int64, device=device)

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from types import NoneType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from besiege.core.errors import BadInput
 from besiege.core.meter import Seeks
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng, Stream
-from besiege.core.threat import INF, Access, Ball
+from besiege.core.threat import INF, Access, Ball, number
 from besiege.core.trigger import Trigger
 
 P = ParamSpec("P")
@@ -95,7 +96,9 @@ _REGISTRY: dict[str, Method[Any]] = {}
 def _declare(kind: Kind, title: str, function: Callable[..., Any], **facts: Any) -> Method[Any]:
     name = function.__name__.replace("_", "-")
     options = {
-        p.name: p for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY
+        p.name: p
+        for p in inspect.signature(function, eval_str=True).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name != "start"
     }
     card = Card(
         name=name,
@@ -221,24 +224,22 @@ def make(name: str, **options: Any) -> Attack:
 
 
 def _read(card: Card, key: str, value: Any) -> Any:
-    key = key.replace("-", "_")
+    """A string as the option's type; what cannot be read stays as it is, to be refused."""
     if not isinstance(value, str) or key not in card.options:
         return value
-    kind = card.options[key].annotation
-    if kind is bool and value.lower() in ("true", "false", "yes", "no", "1", "0"):
-        return value.lower() in ("true", "yes", "1")
+    kinds = _kinds(card.options[key])
+    if NoneType in kinds and value.lower() == "none":
+        return None
+    if bool in kinds:
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(value.lower(), value)
     try:
-        if kind is int:
-            return int(value)
-        if kind in (float, float | None):
-            from besiege.core.threat import number
-
-            return number(value)
-        if kind == int | None:
-            return None if value.lower() == "none" else int(value)
+        return int(value) if int in kinds else number(value) if float in kinds else value
     except ValueError:
-        raise BadInput(f"{card.name}: {key} must be a {getattr(kind, '__name__', kind)}, not {value!r}") from None
-    return value
+        return value
+
+
+def _kinds(option: inspect.Parameter) -> tuple[Any, ...]:
+    return typing.get_args(option.annotation) or (option.annotation,)
 
 
 def _checked(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,17 +248,25 @@ def _checked(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, card.options, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(card.options) or 'none'}"
             raise BadInput(f"{card.name} has no option {key!r}; {hint}")
-        kind = card.options[key].annotation
-        if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-            raise BadInput(
-                f"{card.name}: {key} must be one of {', '.join(map(str, typing.get_args(kind)))}, not {value!r}"
-            )
-        if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise BadInput(f"{card.name}: {key} must be a number, not {value!r}")
-        if kind is int and isinstance(value, float):
-            raise BadInput(f"{card.name}: {key} must be a whole number, not {value!r}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < INF:
+        kinds = _kinds(card.options[key])
+        if typing.get_origin(card.options[key].annotation) is Literal:
+            if value not in kinds:
+                raise BadInput(f"{card.name}: {key} must be one of {', '.join(map(str, kinds))}, not {value!r}")
+        elif not _fits(kinds, value):
+            raise BadInput(f"{card.name}: {key} must be {' or '.join(map(_said, kinds))}, not {value!r}")
+        if isinstance(value, int | float) and not 0 <= value < INF:
             raise BadInput(f"{card.name}: {key} must not be negative or infinite, but is {value}")
-        if key in ("steps", "restarts", "samples", "searches") and value < 1:
+        if key in ("steps", "restarts", "samples", "searches") and value is not None and value < 1:
             raise BadInput(f"{card.name}: {key} must be at least 1, not {value}")
     return {key: options.get(key, option.default) for key, option in card.options.items()}
+
+
+def _fits(kinds: tuple[Any, ...], value: Any) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, (*kinds, int) if float in kinds else kinds)
+
+
+def _said(kind: Any) -> str:
+    known = {bool: "true or false", int: "a whole number", float: "a number", NoneType: "none"}
+    return known.get(kind, str(kind))

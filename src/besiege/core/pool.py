@@ -12,6 +12,9 @@ from besiege.core.meter import Meter
 from besiege.core.method import Asks
 from besiege.core.oracle import Finished
 
+WINDOW_PIXELS = 1 << 24
+"""The questions that are pending at once hold about this many numbers, so that even single ones fill a batch."""
+
 
 def pool(meter: Meter, search: Callable[[int], Any], asks: Asks, images: list[int]) -> None:
     """Run ``search(i)``, a generator, for each of ``images``; a window refills as images finish.
@@ -19,12 +22,13 @@ def pool(meter: Meter, search: Callable[[int], Any], asks: Asks, images: list[in
     Every round sends one batch: the pending candidates of the images in the window. An image leaves when its
     generator ends, the meter is done with it, or its budget is spent.
     """
+    most = max(2 * meter.target.batch, WINDOW_PIXELS // meter.x[0].numel())
     waiting = images[::-1]
     running: dict[int, tuple[Any, Tensor]] = {}
     try:
         while waiting or running:
             rows = sum(len(ask) for _, ask in running.values())
-            while waiting and rows < 2 * meter.target.batch:
+            while waiting and rows < most:
                 image = waiting.pop()
                 generator = search(image)
                 ask = next(generator, None)

@@ -126,7 +126,8 @@ class Target:
         if execution == "channels_last":
             for weight in twin.parameters():
                 if weight.dim() == 4:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+                    # `contiguous` would leave a weight of one channel as it is, and the layer's output with it.
+                    weight.data = torch.empty_like(weight.data, memory_format=torch.channels_last).copy_(weight.data)
             return replace(self, module=twin, call=twin)
         dtype = torch.bfloat16 if execution == "bfloat16" else torch.float16
         twin = twin.to(dtype)

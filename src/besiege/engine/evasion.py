@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from besiege.core.pool import pool
 from besiege.core.rng import Rng
 from besiege.core.target import Execution, Target
 from besiege.core.threat import INF, NORM_NAMES, Ball, Goal, ThreatModel
-from besiege.core.trigger import Trigger
+from besiege.core.trigger import Shift, Trigger
 
 SHARD_PIXELS = 1 << 26
 """A shard holds at most this many numbers, so that a method's state fits in memory."""
@@ -109,8 +110,10 @@ def evade(
     trigger, setup = None, Setup()
     if attack.card.kind == "universal":
         trigger, setup = fit_universal(attack, fast, training, threat, seed, target_class)
+        if setup.cut:
+            notes.append("time ran out before the perturbation was fitted: it is empty")
         began, cpu = time.monotonic(), time.process_time()
-    for rows in torch.split(chosen, size):
+    for rows in torch.split(chosen, size) if len(chosen) else ():
         meter = Meter(
             fast,
             images.x[rows],
@@ -126,7 +129,8 @@ def evade(
             if trigger is None:
                 _run(attack, meter, images.index[rows], seed, lens, starts, notes)
             else:
-                meter.is_adversarial(meter.ball.project(trigger(meter.x), meter.x))
+                with suppress(Finished):
+                    meter.is_adversarial(meter.ball.project(trigger(meter.x), meter.x))
             if queries is None or queries != threat.queries:
                 _settle(meter, target)
         out.take(rows, meter)
@@ -159,11 +163,12 @@ def evade(
 
 @dataclass(frozen=True)
 class Setup:
-    """What fitting a universal perturbation cost, all training images together."""
+    """What fitting a universal perturbation cost, all training images together, and whether time cut it short."""
 
     forward: int = 0
     backward: int = 0
     seconds: float = 0.0
+    cut: bool = False
 
 
 def fit_universal(
@@ -187,9 +192,14 @@ def fit_universal(
         access=threat.access,
         deadline=None if threat.seconds is None else began + threat.seconds,
     )
-    with target.ready():
+    trigger: Trigger = Shift(torch.zeros_like(training.x[:1]))
+    cut = True
+    with target.ready(), suppress(Finished):
         trigger = attack.bound()(meter, meter.x, meter.ball, Rng.of(seed, training.index, attack.name))
-    return trigger, Setup(int(meter.forward.sum()), int(meter.backward.sum()), time.monotonic() - began)
+        cut = False
+    labelled = len(training) if target_class is None else 0
+    forward, backward = int(meter.forward.sum()) + labelled, int(meter.backward.sum())
+    return trigger, Setup(forward, backward, time.monotonic() - began, cut)
 
 
 def threat_eps(ball: Ball) -> float:
@@ -204,7 +214,7 @@ class _Books:
         n, device = len(images), images.x.device
         self.adv = images.x.clone()
         self.found = torch.zeros(n, dtype=torch.bool, device=device)
-        self.distance = torch.full((n,), INF, device=device)
+        self.distance = torch.full((n,), INF, dtype=images.x.dtype, device=device)
         self.forward = torch.zeros(n, dtype=torch.int64, device=device)
         self.backward = torch.zeros(n, dtype=torch.int64, device=device)
         self.needed = torch.full((n,), -1, dtype=torch.int64, device=device)

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""Pages made of records. Imports no torch."""

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The facts of a siege, plain and verified. Imports no torch."""

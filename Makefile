@@ -1,0 +1,51 @@
+# The first two need nothing but Python 3.11 or later and a package index:
+#   make audit   install besiege into .venv and lay siege to the embedded default; the report is under runs/
+#   make test    install what the tests need and run them
+#   make check   format, lint, types, tests
+#   make bench   install the peer libraries into .venv-bench and write docs/benchmarks.md (ONLY=pgd: print one)
+#   make format  let ruff rewrite what it can
+
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+BENCH := .venv-bench/bin
+
+.PHONY: audit test check format bench clean
+
+audit: .venv/.installed
+	$(BIN)/besiege audit
+
+test: .venv/.dev
+	$(BIN)/pytest -n $(JOBS)
+
+check: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n $(JOBS)
+
+format: .venv/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv-bench/.peers
+	$(BENCH)/python -m benchmarks $(ONLY)
+
+clean:
+	rm -rf .venv .venv-bench
+
+%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "besiege needs Python 3.11; set PYTHON=")'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+%/.dev: %/.installed
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+%/.peers: %/.installed benchmarks/peers/requirements.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt
+	touch $@
+
+.PRECIOUS: %/.installed

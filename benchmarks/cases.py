@@ -1,0 +1,192 @@
+"""What is measured, on which network, and what it has to reach."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from besiege.bench.measure import Failure, Figures
+from besiege.core.errors import BadInput
+from besiege.core.method import Attack, make
+from besiege.core.threat import INF, Access, Ball, ThreatModel
+
+OURS = "besiege"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attack on a network of `benchmarks.networks`, with the ``options`` that ours and the peers get.
+
+    ``peers`` are options for them alone: ours finds as near an image by other means, or in fewer steps. ``laps``
+    and ``images`` bound what the command line asks for where a peer takes minutes.
+    """
+
+    name: str
+    network: str
+    threat: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    peers: Mapping[str, Any] = field(default_factory=dict)
+    queries: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    laps: int | None = None
+    images: int | None = None
+
+    @property
+    def ball(self) -> Ball:
+        """Where the adversarial images have to lie."""
+        return Ball.parse(self.threat)
+
+    @property
+    def attack(self) -> Attack:
+        """Ours."""
+        return make(self.name, **self.options)
+
+    @property
+    def model(self) -> ThreatModel:
+        """What ours may see and spend."""
+        return ThreatModel(Access.GRADIENTS, self.ball, self.queries)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What a peer's function can ask for."""
+        radius = {} if self.ball.eps == INF else {"eps": self.ball.eps}
+        return {**radius, "queries": self.queries, **self.options, **self.peers}
+
+    def __str__(self) -> str:
+        norm, _, eps = self.threat.partition(":")
+        where = f"nearest in {norm}" if eps == "inf" else self.threat
+        given = {**self.options, **({} if self.queries is None else {"queries": self.queries})}
+        alone = [f"peers: {_listed(self.peers)}"] if self.peers else []
+        return "; ".join([f"{self.name} on {self.network}, {where}", *([_listed(given)] if given else []), *alone])
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" for key, value in options.items())
+
+
+CASES = (
+    Case("fgsm", "A", "linf:0.1"),
+    Case("bim", "A", "linf:0.1", {"steps": 30, "stride": 1 / 255}),
+    Case("pgd", "B", "linf:8/255", {"steps": 40}),
+    Case("apgd", "A", "linf:0.1", {"steps": 100}),
+    Case("deepfool", "A", "l2:inf"),
+    Case("cw-l2", "A", "l2:inf", peers={"steps": 1000, "searches": 6}, laps=1, images=50),
+    Case("fmn", "A", "l2:inf", {"steps": 100}),
+    Case("ddn", "A", "l2:inf", {"steps": 100}),
+    Case("square", "R", "linf:0.15", queries=1000),
+    # 16 rounds are what 5,000 queries pay for: the t-th spends 100 sqrt(t) on its gradient and about 30 on the rest.
+    Case("hopskipjump", "A", "l2:inf", peers={"rounds": 16}, queries=5000, seeds=(0, 1, 2), images=50),
+    Case("autoattack", "R", "linf:0.1", laps=1),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a race found, ours and the peers'."""
+
+    case: Case
+    figures: Mapping[str, Figures | Failure]
+
+    @cached_property
+    def ours(self) -> Figures:
+        """Our figures.
+
+        Raises:
+            BadInput: ours failed.
+        """
+        return self.of(OURS)
+
+    @cached_property
+    def peers(self) -> list[Figures]:
+        """Those of the peers that ran."""
+        return [found for name, found in self.figures.items() if name != OURS and isinstance(found, Figures)]
+
+    def of(self, name: str) -> Figures:
+        """One contender's figures.
+
+        Raises:
+            BadInput: it was not there, or failed.
+        """
+        found = self.figures.get(name)
+        if not isinstance(found, Figures):
+            raise BadInput(f"{name} has no figures for {self.case}" + (f": {found.why}" if found else ""))
+        return found
+
+    def best(self, read: Callable[[Figures], float | None]) -> float:
+        """The lowest figure of a peer that makes at least as many images fall as any other."""
+        if not self.peers:
+            raise BadInput(f"no peer has figures for {self.case}")
+        least = min(peer.robust_accuracy for peer in self.peers)
+        read_all = (read(peer) for peer in self.peers if peer.robust_accuracy <= least)
+        return min(value for value in read_all if value is not None)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A figure of one race that must not exceed a bar."""
+
+    name: str
+    what: str
+    figure: Callable[[Result], float | None]
+    bar: Callable[[Result], float]
+
+
+def _cpu(figures: Figures) -> float:
+    return figures.cpu_ms
+
+
+def _robust(figures: Figures) -> float:
+    return figures.robust_accuracy
+
+
+def _mean(figures: Figures) -> float:
+    return INF if figures.mean_distance is None else figures.mean_distance
+
+
+def _median(figures: Figures) -> float:
+    return INF if figures.median_distance is None else figures.median_distance
+
+
+CLAIMS = (
+    Claim("pgd", "CPU ms an image", lambda r: r.ours.cpu_ms, lambda r: 15.0),
+    Claim("pgd", "robust accuracy, against the best peer's", lambda r: _robust(r.ours), lambda r: r.best(_robust)),
+    Claim("apgd", "CPU time over the fastest peer's", lambda r: r.ours.cpu_ms / min(map(_cpu, r.peers)), lambda r: 0.3),
+    Claim("apgd", "robust accuracy, against the best peer's", lambda r: _robust(r.ours), lambda r: r.best(_robust)),
+    Claim("cw-l2", "mean norm over the best peer's", lambda r: _mean(r.ours) / r.best(_mean), lambda r: 1.02),
+    Claim("cw-l2", "CPU time over adv-lib's", lambda r: r.ours.cpu_ms / r.of("adv-lib").cpu_ms, lambda r: 0.35),
+    Claim("deepfool", "mean norm over adv-lib's", lambda r: _mean(r.ours) / _mean(r.of("adv-lib")), lambda r: 1.0),
+    Claim("deepfool", "CPU time over adv-lib's", lambda r: r.ours.cpu_ms / r.of("adv-lib").cpu_ms, lambda r: 0.9),
+    Claim("deepfool", "share that did not fall", lambda r: _robust(r.ours), lambda r: 0.0),
+    Claim("fmn", "mean norm", lambda r: _mean(r.ours), lambda r: 1.22),
+    Claim("square", "robust accuracy", lambda r: _robust(r.ours), lambda r: 0.22),
+    Claim(
+        "square", "CPU time over torchattacks'", lambda r: r.ours.cpu_ms / r.of("torchattacks").cpu_ms, lambda r: 0.7
+    ),
+    Claim("square", "queries, against torchattacks'", lambda r: r.ours.forward, lambda r: r.of("torchattacks").forward),
+    Claim(
+        "hopskipjump", "median norm over the best peer's", lambda r: _median(r.ours) / r.best(_median), lambda r: 1.0
+    ),
+    Claim(
+        "hopskipjump", "CPU time over cleverhans'", lambda r: r.ours.cpu_ms / r.of("cleverhans").cpu_ms, lambda r: 1.0
+    ),
+    Claim(
+        "autoattack",
+        "robust accuracy, against auto-attack's",
+        lambda r: _robust(r.ours),
+        lambda r: _robust(r.of("auto-attack")),
+    ),
+    Claim(
+        "autoattack",
+        "CPU time over auto-attack's",
+        lambda r: r.ours.cpu_ms / r.of("auto-attack").cpu_ms,
+        lambda r: 0.65,
+    ),
+)
+
+
+def overhead(results: list[Result]) -> float:
+    """Our CPU time over the floor, the median over the attacks; the bar is 1.10."""
+    return statistics.median(result.ours.overhead for result in results)

@@ -1,0 +1,100 @@
+"""The Adversarial Robustness Toolbox."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from art.attacks import EvasionAttack
+from art.attacks import evasion as e
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    return _run(e.FastGradientMethod(_classifier(model, x), eps=eps, batch_size=len(x)), x, y)
+
+
+def bim(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, stride: float) -> Tensor:
+    classifier = _classifier(model, x)
+    attack = e.BasicIterativeMethod(
+        classifier, eps=eps, eps_step=stride, max_iter=steps, batch_size=len(x), verbose=False
+    )
+    return _run(attack, x, y)
+
+
+def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+    attack = e.ProjectedGradientDescentPyTorch(
+        _classifier(model, x),
+        eps=eps,
+        eps_step=2.5 * eps / steps,
+        max_iter=steps,
+        num_random_init=1,
+        batch_size=len(x),
+        verbose=False,
+    )
+    return _run(attack, x, y)
+
+
+def apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+    attack = e.AutoProjectedGradientDescent(
+        _classifier(model, x),
+        eps=eps,
+        eps_step=2 * eps,
+        max_iter=steps,
+        nb_random_init=1,
+        batch_size=len(x),
+        loss_type="cross_entropy",
+        verbose=False,
+    )
+    return _run(attack, x, y)
+
+
+def cw_l2(model: nn.Module, x: Tensor, y: Tensor, *, steps: int, searches: int) -> Tensor:
+    attack = e.CarliniL2Method(
+        _classifier(model, x), binary_search_steps=searches, max_iter=steps, batch_size=len(x), verbose=False
+    )
+    return _run(attack, x, y)
+
+
+def deepfool(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return _run(e.DeepFool(_classifier(model, x), batch_size=len(x), verbose=False), x, None)
+
+
+def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
+    attack = e.SquareAttack(_classifier(model, x), eps=eps, max_iter=queries, batch_size=len(x), verbose=False)
+    return _run(attack, x, y)
+
+
+def hopskipjump(model: nn.Module, x: Tensor, y: Tensor, *, rounds: int) -> Tensor:
+    """On numpy 2 it asks in float64, which a float32 network refuses; `Single` lets it run all the same."""
+    attack = e.HopSkipJump(_classifier(Single(model), x), norm=2, max_iter=rounds, batch_size=128, verbose=False)
+    return _run(attack, x, None)
+
+
+class Single(nn.Module):
+    """The model, asked in single precision whatever it is asked in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.float())
+
+
+def _classifier(model: nn.Module, x: Tensor) -> PyTorchClassifier:
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    return PyTorchClassifier(
+        model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(x.shape[1:]),
+        nb_classes=classes,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+
+
+def _run(attack: EvasionAttack, x: Tensor, y: Tensor | None) -> Tensor:
+    labels = None if y is None else y.numpy()
+    return torch.from_numpy(np.asarray(attack.generate(x.numpy(), labels), dtype=np.float32))

@@ -1,0 +1,43 @@
+"""torchattacks."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from benchmarks.peers import register_torchvision
+
+register_torchvision()
+import torchattacks as ta
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    return ta.FGSM(model, eps)(x, y)
+
+
+def bim(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int, stride: float) -> Tensor:
+    return ta.BIM(model, eps, alpha=stride, steps=steps)(x, y)
+
+
+def pgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+    return ta.PGD(model, eps, alpha=2.5 * eps / steps, steps=steps)(x, y)
+
+
+def apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> Tensor:
+    return ta.APGD(model, eps=eps, steps=steps)(x, y)
+
+
+def cw_l2(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
+    """It does not search for the constant; 1 is its default."""
+    return ta.CW(model, steps=steps)(x, y)
+
+
+def deepfool(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return ta.DeepFool(model)(x, y)
+
+
+def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
+    return ta.Square(model, eps=eps, n_queries=queries)(x, y)
+
+
+def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    return ta.AutoAttack(model, eps=eps, seed=0)(x, y)

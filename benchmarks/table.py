@@ -1,0 +1,185 @@
+"""Runs the cases and writes the table."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import peers
+from benchmarks.cases import CASES, CLAIMS, OURS, Case, Result, overhead
+from benchmarks.networks import bench
+from besiege.bench.measure import Failure, contender, race
+from besiege.core.errors import BadInput, nearest
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+COLUMNS = (
+    "CPU ms",
+    "wall ms",
+    "forward",
+    "backward",
+    "floor ms",
+    "floor ms, best batch",
+    "time / floor",
+    "robust accuracy",
+    "median distance",
+    "mean distance",
+)
+
+
+def table(names: Sequence[str] = (), *, images: int = 100, repeat: int = 3, command: str = "") -> str:
+    """The whole table, written to docs/benchmarks.md; of ``names`` alone, only returned, with what is installed.
+
+    Progress goes to stderr.
+
+    Raises:
+        BadInput: an unknown name, a whole table without all peers, or no benchmark data.
+    """
+    known = {case.name: case for case in CASES}
+    for name in names:
+        if name not in known:
+            raise BadInput(f"there is no benchmark of {name!r}; {nearest(name, known)}")
+    missing = [library.distribution for library in peers.LIBRARIES.values() if not library.installed]
+    if missing and not names:
+        raise BadInput(
+            f"the table needs all peers, but {', '.join(missing)} cannot be imported: run `make bench`, which installs "
+            "them (extra `peers`), or name single benchmarks"
+        )
+    torch.set_num_threads(1)
+    chosen = [known[name] for name in names] or list(CASES)
+    results = [measure(case, images, repeat, lambda line: print(line, file=sys.stderr, flush=True)) for case in chosen]
+    page = render(results, repeat, command)
+    if not names:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page)
+    return page
+
+
+def measure(case: Case, images: int, repeat: int, tell: Callable[[str], None]) -> Result:
+    """One race."""
+    target, chosen = bench(case.network, min(images, case.images or images))
+    contenders = {OURS: contender(case.attack, target, case.model), **peers.contenders(case.name, case.shared)}
+    found = race(
+        contenders,
+        target.module,
+        chosen,
+        case.ball,
+        repeat=min(repeat, case.laps or repeat),
+        seeds=case.seeds,
+        tell=lambda line: tell(f"{case.name}: {line}"),
+    )
+    result = Result(case, found)
+    tell("\n".join(["", *section(result), ""]))
+    return result
+
+
+def render(results: Sequence[Result], repeat: int, command: str) -> str:
+    """The page in Markdown."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by the benchmark itself; no figure is typed. Each attack is raced against the same attack of its "
+        "peers, in turn in one process, every one followed by its floor: the bare network's passes at the batch sizes "
+        "that the attack sent (weights frozen, gradient of the input alone), counted by a wrapper around the network. "
+        "Times are milliseconds an image, on one thread, everything included that a user waits for; passes are an "
+        "image's; medians over the laps. What fell is confirmed by a pass of its own, and must lie in [0, 1] and "
+        "within the radius. Networks: A, a digits CNN; R, the same trained adversarially; B, a CIFAR-10 ResNet-20. "
+        "Images: those that the network classifies correctly.",
+        "",
+        *(f"- {name}: {fact}" for name, fact in facts(repeat, command)),
+        "",
+        "## What is to be reached",
+        "",
+        "| attack | figure | measured | bar | |",
+        "|---|---|---:|---:|---|",
+        *_claims(results),
+        "",
+        "## The races",
+        *(line for result in results for line in ["", *section(result)]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def facts(repeat: int, command: str) -> list[tuple[str, str]]:
+    """Where and with what the figures were measured."""
+    version = importlib.metadata.version
+    installed = [library.distribution for library in peers.LIBRARIES.values() if library.installed]
+    return [
+        ("date", datetime.date.today().isoformat()),
+        ("command", f"`{command}`"),
+        ("laps", str(repeat)),
+        ("machine", f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"),
+        ("software", ", ".join(f"{name} {version(name)}" for name in ("besiege", "torch", "numpy"))),
+        ("Python", platform.python_version()),
+        ("peers", ", ".join(f"{name} {version(name)}" for name in installed) or "none"),
+    ]
+
+
+def section(result: Result) -> list[str]:
+    """One race as a Markdown table."""
+    ran = next((found for found in result.figures.values() if not isinstance(found, Failure)), None)
+    lines = [
+        f"### {result.case}" + (f"; {ran.images} images" if ran else ""),
+        "",
+        "| | " + " | ".join(COLUMNS) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    for name, found in result.figures.items():
+        if isinstance(found, Failure):
+            lines.append(f"| {name} | does not run: {_cell(found.why)} |" + " |" * (len(COLUMNS) - 1))
+            continue
+        cells = (
+            f"{found.cpu_ms:.3g}",
+            f"{found.wall_ms:.3g}",
+            f"{found.forward:.1f}",
+            f"{found.backward:.1f}",
+            f"{found.floor_ms:.3g}",
+            f"{found.best_floor_ms:.3g} ({found.best_batch})",
+            f"{found.overhead:.2f}",
+            f"{100 * found.robust_accuracy:.1f} %",
+            "–" if found.median_distance is None else f"{found.median_distance:.4g}",
+            "–" if found.mean_distance is None else f"{found.mean_distance:.4g}",
+        )
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _claims(results: Sequence[Result]) -> list[str]:
+    lines = []
+    by_name = {result.case.name: result for result in results}
+    for claim in CLAIMS:
+        if claim.name not in by_name:
+            continue
+        try:
+            measured, bar = claim.figure(by_name[claim.name]), claim.bar(by_name[claim.name])
+        except BadInput as error:
+            lines.append(f"| {claim.name} | {claim.what} | not measured: {_cell(str(error))} | | |")
+            continue
+        lines.append(_row(claim.name, claim.what, measured, bar))
+    try:
+        lines.append(_row("all", "CPU time over the floor, median over the attacks", overhead(results), 1.1))
+    except BadInput as error:
+        lines.append(f"| all | CPU time over the floor | not measured: {_cell(str(error))} | | |")
+    return lines
+
+
+def _row(name: str, what: str, measured: float, bar: float) -> str:
+    return f"| {name} | {what} | {measured:.4g} | {bar:.4g} | {'met' if measured <= bar else '**missed**'} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())[:200]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

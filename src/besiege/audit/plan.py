@@ -1,0 +1,173 @@
+"""Which attacks an audit sends, under which threat and at what cost. A pure function of cards and budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from besiege.core.errors import BadInput
+from besiege.core.method import Attack, Card, Method
+from besiege.core.threat import INF, NORM_NAMES, Access, Ball, ThreatModel
+from besiege.results.record import ball_text
+
+Budget = Literal["quick", "standard", "thorough"]
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
+IMAGES: Mapping[str, int | None] = {"quick": 100, "standard": 1000, "thorough": None}
+"""How many images an audit takes where --limit does not say."""
+
+
+RADII: Mapping[float, tuple[float, float, float]] = {
+    INF: (0.1, 8 / 255, 4 / 255),
+    2.0: (1.5, 0.5, 3.0),
+    1.0: (15.0, 12.0, 255.0),
+    0.0: (15.0, 24.0, 200.0),
+}
+"""Customary radii by norm: grey images of digits' size, small colour images, large ones."""
+LOOPS = ("steps", "restarts", "searches", "samples", "targets", "iterations")
+"""The options that multiply what an attack costs."""
+QUERIES: Mapping[str, int | None] = {"quick": 1000, "standard": 5000, "thorough": None}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What an attack gets under one budget: options, at most ``images``, ``queries`` an image."""
+
+    images: int | None = None
+    queries: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+SIEGE: Mapping[str, Mapping[str, Share]] = {
+    "fgsm": {"quick": Share(), "standard": Share(), "thorough": Share()},
+    "pgd": {
+        "quick": Share(),
+        "standard": Share(),
+        "thorough": Share(options={"steps": 100, "restarts": 5}),
+    },
+    "apgd": {"quick": Share(), "standard": Share(), "thorough": Share(options={"restarts": 5})},
+    "deepfool": {"quick": Share(), "standard": Share(), "thorough": Share()},
+    "fmn": {"quick": Share(images=50, options={"steps": 50}), "standard": Share(), "thorough": Share()},
+    "cw-l2": {"quick": Share(images=20), "standard": Share(images=100), "thorough": Share(images=1000)},
+    "autoattack": {
+        "quick": Share(images=50, options={"steps": 50, "targets": 3, "queries": 500}),
+        "standard": Share(),
+        "thorough": Share(),
+    },
+    "square": {
+        "quick": Share(images=50, queries=500),
+        "standard": Share(queries=1000),
+        "thorough": Share(queries=5000),
+    },
+    "hopskipjump": {
+        "quick": Share(images=10, queries=1000),
+        "standard": Share(images=100, queries=5000),
+        "thorough": Share(images=500, queries=20000),
+    },
+}
+"""The attacks of an audit in the order they are sent, and each one's share of every budget."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack under one threat, on at most ``images`` images."""
+
+    attack: Attack
+    threat: ThreatModel
+    images: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.attack.name} {threat_text(self.threat.ball)}"
+
+    def passes(self, n: int) -> int:
+        """At most this many forward passes over ``n`` images, as far as the options tell."""
+        met = n if self.images is None else min(n, self.images)
+        return met * (self.threat.queries or passes(self.attack))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells in order, and those left out: attack, threat, and why."""
+
+    cells: tuple[Cell, ...]
+    left_out: tuple[tuple[str, str, str], ...] = ()
+
+
+def plan(
+    methods: Mapping[str, Method[Any]],
+    access: Access,
+    threats: Sequence[Ball],
+    budget: Budget = "quick",
+    only: Sequence[str] = (),
+) -> Plan:
+    """The cells of an audit against a target that grants ``access``.
+
+    ``only`` names the attacks to send in place of the usual ones, with their usual share where they have one.
+
+    Raises:
+        BadInput: nothing is left to run.
+    """
+    cells: list[Cell] = []
+    left_out: list[tuple[str, str, str]] = []
+    for name in only or [name for name in SIEGE if name in methods]:
+        card, part = methods[name].card, share(methods[name].card, budget)
+        for ball in threats:
+            why = unfit(card, access, ball)
+            if why:
+                left_out.append((name, threat_text(ball), why))
+                continue
+            attack = methods[name](**paced(card, part.options, part.queries))
+            cells.append(Cell(attack, ThreatModel(card.access, ball, part.queries), part.images))
+    if not cells:
+        raise BadInput(f"no attack of the plan applies: {'; '.join(sorted({why for _, _, why in left_out}))}")
+    return Plan(tuple(cells), tuple(left_out))
+
+
+def paced(card: Card, options: Mapping[str, Any], queries: int | None) -> dict[str, Any]:
+    """``options``, with a method's ``iterations`` set to the queries it has, so that its schedule ends in time."""
+    pace = {"iterations": queries} if queries and "iterations" in card.options else {}
+    return {**pace, **options}
+
+
+def unfit(card: Card, access: Access, ball: Ball) -> str | None:
+    """Why an attack cannot be sent against such a target under such a threat; None where it can."""
+    if card.kind == "universal":
+        return f"{card.name} is fitted on images of its own; `besiege attack {card.name}` runs it"
+    if card.access > access:
+        return f"{card.name} needs {card.access.name.lower()}, the target grants {access.name.lower()}"
+    if ball.norm not in card.norms:
+        return f"{card.name} works in {', '.join(NORM_NAMES[norm] for norm in card.norms)}"
+    return None
+
+
+def radius(norm: float, shape: tuple[int, int, int]) -> float:
+    """The radius that papers use in that norm for images (c, h, w) of that kind."""
+    c, h, w = shape
+    kind = 2 if max(h, w) > 100 else 0 if c == 1 else 1
+    return RADII[norm][kind]
+
+
+def customary(shape: tuple[int, int, int]) -> tuple[Ball, ...]:
+    """The threats of an audit where the user names none: L∞ and L2."""
+    return tuple(Ball(norm, radius(norm, shape)) for norm in (INF, 2.0))
+
+
+def share(card: Card, budget: Budget) -> Share:
+    """What a method gets under a budget; one that the audit does not send is only kept from asking forever."""
+    if card.name in SIEGE:
+        return SIEGE[card.name][budget]
+    return Share() if card.access >= Access.GRADIENTS else Share(queries=QUERIES[budget])
+
+
+def threat_text(ball: Ball) -> str:
+    """``linf:8/255``, as records write it."""
+    eps = float(ball.eps)
+    return ball_text(NORM_NAMES[ball.norm], None if math.isinf(eps) else eps)
+
+
+def passes(attack: Attack) -> int:
+    """At most this many forward passes an image, as far as the attack's options tell; a guide for progress."""
+    if attack.card.kind == "ensemble":
+        return sum(passes(part) for part in attack.bound()())
+    return math.prod(int(attack.arguments.get(key) or 1) for key in LOOPS)

@@ -1,0 +1,164 @@
+"""`besiege attack`: one method on one target."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from besiege.cli import options as o
+
+if TYPE_CHECKING:
+    from besiege.core.method import Attack
+    from besiege.core.threat import ThreatModel
+    from besiege.engine.evasion import Outcome
+    from besiege.results.record import Record
+
+IMAGES = {"quick": 20, "standard": 100, "thorough": 1000}
+TRAINING = 200
+"""So many further images a universal perturbation is fitted on."""
+
+
+def attack(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method; `besiege list` shows them.")],
+    target: o.TargetSpec = None,
+    data: o.DataSpec = None,
+    limit: o.Limit = None,
+    eps: Annotated[str | None, typer.Option(help="The radius in pixels of [0, 1], for example 8/255.")] = None,
+    norm: Annotated[str | None, typer.Option(help="The norm of the radius: inf, 2, 1 or 0.")] = None,
+    target_class: Annotated[int | None, typer.Option(min=0, help="Reach this class, not just any other.")] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="At most this many forward passes an image.")] = None,
+    option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
+    budget: o.Effort = o.Budget.quick,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    json: o.Json = False,
+    trust_code: o.Trust = False,
+    weights: o.Weights = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    classes: o.Classes = None,
+    batch: o.Batch = None,
+    on_bad: o.OnBadFile = o.OnBad.refuse,
+    out: o.Out = None,
+) -> None:
+    """Attack a classifier with one method and say how many images fell.
+
+    With --out the record and the adversarial images are written to a folder.
+
+    Methods that seek the nearest adversarial image need no --eps: what they find counts at any distance then.
+    """
+    import torch
+
+    from besiege.audit.plan import paced, passes, share
+    from besiege.audit.run import STARTS, sample
+    from besiege.cli import terminal
+    from besiege.core.method import make, method
+    from besiege.engine.summary import siege
+
+    card = method(name).card
+    part = share(card, budget.value)
+    asked = queries or part.queries
+    chosen = make(name, **{**paced(card, part.options, asked), **o.chosen(option or [])})
+    n, fitted = limit or IMAGES[budget], TRAINING if card.kind == "universal" else 0
+    victim, images = o.opened(
+        target,
+        data,
+        limit=n + fitted,
+        seed=seed,
+        device=device,
+        trust_code=trust_code,
+        weights=weights,
+        mean=mean,
+        std=std,
+        classes=classes,
+        batch=batch,
+        on_bad=on_bad,
+    )
+    o.warned(victim, images)
+    training = None
+    if fitted:
+        rows = sample(len(images), n, seed).to(images.x.device)
+        rest = torch.ones(len(images), dtype=torch.bool, device=images.x.device).index_fill(0, rows, False)
+        images, training = images[rows], images[rest]
+    threat = replace(_threat(chosen, eps, norm, victim.shape), queries=asked)
+    with terminal.progress() as bar:
+        total = len(images) * (threat.queries or passes(chosen))
+        task = bar.add_task(str(chosen), total=total)
+        outcome, _, record = siege(
+            chosen,
+            victim,
+            images,
+            threat,
+            seed=seed,
+            target_class=target_class,
+            training=training,
+            starts=images.sample(STARTS, seed).x,
+            progress=lambda rows: bar.advance(task, rows),
+        )
+    record = record.model_copy(update={"notes": [*victim.notes, *images.notes, *record.notes]})
+    if out is not None:
+        _write(out, record, outcome)
+    if json:
+        typer.echo(record.model_dump_json())
+    else:
+        _print(record, out)
+
+
+def _threat(attack: Attack, eps: str | None, norm: str | None, shape: tuple[int, int, int]) -> ThreatModel:
+    """What the command line says, and custom where it says nothing."""
+    from besiege.audit.plan import radius
+    from besiege.core.errors import BadInput
+    from besiege.core.threat import INF, Ball, ThreatModel, number
+
+    works = attack.card.norms
+    p = o.norm(norm) if norm is not None else next((p for p in (INF, 2.0) if p in works), works[0])
+    if eps is not None:
+        size = number(eps)
+        if not 0 < size < INF:
+            raise BadInput(f"--eps must be above 0 and finite, not {eps}")
+    else:
+        size = INF if attack.card.seeks == "minimum" else radius(p, shape)
+    return ThreatModel(attack.card.access, Ball(p, size))
+
+
+def _write(folder: Path, record: Record, outcome: Outcome) -> None:
+    from safetensors.torch import save
+
+    from besiege.results import files
+
+    tensors: dict[str, Any] = {"adv": outcome.adv, "index": outcome.index, "label": outcome.label}
+    files.write(folder / "adversarial.safetensors", save({k: v.cpu().contiguous() for k, v in tensors.items()}))
+    files.write(folder / "record.json", record.json_text())
+
+
+def _print(record: Record, out: Path | None) -> None:
+    from besiege.cli.terminal import between, facts, figure, percent
+
+    pairs = [
+        ("target", f"{record.target} ({record.fingerprint})" if record.fingerprint else record.target),
+        ("data", f"{record.data}, {record.n} images, {record.attacked} attacked"),
+        ("threat", str(record.threat) + (f", {record.threat.queries} queries" if record.threat.queries else "")),
+        ("clean accuracy", percent(record.clean_accuracy)),
+        ("success", f"{percent(record.success_rate)}  ({between(record.success_interval)})"),
+        ("robust accuracy", f"{percent(record.robust_accuracy)}  ({between(record.robust_interval)})"),
+        ("success in 8 bits", percent(record.success_rate_8bit)),
+        ("noise as large", percent(record.noise_success_rate)),
+        ("distance", f"median {figure(record.median_distance)}, mean {figure(record.mean_distance)}"),
+        (
+            "passes an image",
+            f"{record.forward_per_image:.1f} forward, {record.backward_per_image:.1f} backward"
+            + (f"; {record.queries_median:g} to fall (median)" if record.queries_median is not None else ""),
+        ),
+        (
+            "time",
+            f"{record.seconds:.1f} s" + (f", fitting {record.setup_seconds:.1f} s" if record.setup_seconds else ""),
+        ),
+        ("verified", "every success" if record.verified else "NOT every success; see the record"),
+        *(("note", note) for note in record.notes),
+    ]
+    if out is not None:
+        pairs.append(("written to", str(out)))
+    facts(f"{record.title} on {record.target}", pairs)

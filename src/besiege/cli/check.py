@@ -1,0 +1,83 @@
+"""`besiege check`: the look before hours are spent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from besiege.cli import options as o
+
+if TYPE_CHECKING:
+    from besiege.audit.look import Look
+
+
+def check(
+    target: o.TargetSpec = None,
+    data: o.DataSpec = None,
+    limit: o.Limit = None,
+    seed: o.Seed = 0,
+    device: o.Device = "cpu",
+    json: o.Json = False,
+    trust_code: o.Trust = False,
+    weights: o.Weights = None,
+    mean: o.Mean = None,
+    std: o.Std = None,
+    classes: o.Classes = None,
+    batch: o.Batch = None,
+    on_bad: o.OnBadFile = o.OnBad.refuse,
+) -> None:
+    """Say what a classifier is, how well it does on the images, and what an audit would cost."""
+    from besiege.audit.look import look
+
+    victim, images = o.opened(
+        target,
+        data,
+        limit=limit or 200,
+        seed=seed,
+        device=device,
+        trust_code=trust_code,
+        weights=weights,
+        mean=mean,
+        std=std,
+        classes=classes,
+        batch=batch,
+        on_bad=on_bad,
+    )
+    seen = look(victim, images)
+    if json:
+        typer.echo(seen.model_dump_json())
+    else:
+        _print(seen)
+
+
+def _print(seen: Look) -> None:
+    from besiege.cli.terminal import between, facts, percent
+
+    size = "" if seen.parameters is None else f", {seen.parameters:,} parameters"
+    costs = ", ".join(f"{budget} {_minutes(seconds)}" for budget, seconds in seen.costs.items())
+    facts(
+        seen.target,
+        [
+            ("classifier", f"{seen.kind}{size}, on {seen.device}"),
+            ("fingerprint", seen.fingerprint or "–"),
+            ("takes", f"{' × '.join(map(str, seen.shape))} (channels, height, width), pixels in [0, 1]"),
+            ("answers", f"{seen.classes} classes, {seen.answers}" + ("" if seen.deterministic else ", at random")),
+            ("grants", seen.access),
+            ("data", f"{seen.data}, {seen.n} images"),
+            ("clean accuracy", f"{percent(seen.clean_accuracy)}  ({between(seen.clean_interval)})"),
+            (
+                "speed",
+                f"{seen.forward_ms:.3g} ms forward, "
+                + ("no" if seen.backward_ms is None else f"{seen.backward_ms:.3g} ms")
+                + f" backward an image, {seen.batch} at once",
+            ),
+            ("an audit", f"at most {costs}"),
+            *(("note", text) for text in seen.notes),
+            *(("warning", text) for text in seen.warnings),
+        ],
+    )
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,147 @@
+"""The options that commands share, and what they mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from besiege.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from besiege.core.images import Images
+    from besiege.core.target import Target
+    from besiege.targets import Preprocessing
+
+
+class Budget(StrEnum):
+    """How much effort to spend."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class OnBad(StrEnum):
+    """What to do with files that are no pictures."""
+
+    refuse = "refuse"
+    skip = "skip"
+
+
+TargetSpec = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TARGET", help="The classifier: pkg.module:factory, a weight file; an embedded one if left out."
+    ),
+]
+DataSpec = Annotated[
+    str | None, typer.Option("--data", metavar="DATA", help="The images: .npz, idx files, a folder; embedded digits.")
+]
+Limit = Annotated[int | None, typer.Option("-n", "--limit", min=1, help="Take this many images.")]
+Seed = Annotated[int, typer.Option(min=0, help="Where all random draws start.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Trust = Annotated[bool, typer.Option("--trust-code", help="Allow files that run code when they are opened.")]
+Weights = Annotated[str | None, typer.Option(metavar="FILE", help="Weights to put into what the factory builds.")]
+Classes = Annotated[int | None, typer.Option(min=2, help="How many classes it tells apart, where that does not show.")]
+OnBadFile = Annotated[OnBad, typer.Option("--on-bad", help="What to do with images that cannot be read.")]
+Mean = Annotated[
+    str | None, typer.Option(metavar="M[,M,M]", help="What the classifier subtracts from pixels in [0, 1].")
+]
+Std = Annotated[str | None, typer.Option(metavar="S[,S,S]", help="What it divides them by afterwards.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="How many images the classifier takes at once.")]
+Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write.")]
+Effort = Annotated[Budget, typer.Option(help="How much effort to spend.")]
+
+
+def opened(
+    target: str | None,
+    data: str | None,
+    *,
+    limit: int | None,
+    seed: int,
+    device: str,
+    trust_code: bool,
+    weights: str | None,
+    mean: str | None,
+    std: str | None,
+    classes: int | None,
+    batch: int | None,
+    on_bad: OnBad,
+) -> tuple[Target, Images]:
+    """The classifier and the images that the specs name, on one device and fitting each other."""
+    from besiege.data import open_images
+    from besiege.targets import expects, open_target
+
+    how = preprocessing(mean, std)
+    wanted = expects(target, preprocessing=how, weights=weights)
+    images = open_images(
+        data or wanted.data,
+        limit=limit,
+        seed=seed,
+        size=wanted.size,
+        channels=wanted.channels,
+        on_bad=on_bad.value,
+    )
+    found = open_target(
+        target,
+        data=images,
+        device=device,
+        trust_code=trust_code,
+        preprocessing=how,
+        classes=classes,
+        batch=batch,
+        weights=weights,
+    )
+    return found, images.to(found.device)
+
+
+def warned(target: Target, images: Images) -> list[str]:
+    """What should be known before hours are spent; said on stderr as well."""
+    from besiege.targets.check import chance_warning
+
+    warning = chance_warning(target, images)
+    if warning:
+        typer.echo(f"warning: {warning}", err=True)
+    return [warning] if warning else []
+
+
+def preprocessing(mean: str | None, std: str | None) -> Preprocessing | None:
+    """What --mean and --std say; None where they say nothing."""
+    if mean is None and std is None:
+        return None
+    from besiege.targets import Preprocessing
+
+    return Preprocessing(mean=_numbers(mean), std=_numbers(std))
+
+
+def _numbers(text: str | None) -> tuple[float, ...]:
+    from besiege.core.threat import number
+
+    return () if text is None else tuple(number(part) for part in text.split(","))
+
+
+def norm(text: str) -> float:
+    """``inf``, ``linf``, ``2``, ``l2``, …: the norm as a number."""
+    from besiege.core.threat import NORM_NAMES
+
+    wanted = text.strip().lower()
+    for value, name in NORM_NAMES.items():
+        if wanted in (name, name[1:]):
+            return value
+    raise BadInput(f"--norm {text!r} is unknown; use one of inf, 2, 1, 0")
+
+
+def chosen(options: Sequence[str]) -> dict[str, str]:
+    """``key=value`` pairs as a dictionary."""
+    pairs = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key.strip():
+            raise BadInput(f"-o takes key=value, not {option!r}")
+        pairs[key.strip().replace("-", "_")] = value.strip()
+    return pairs

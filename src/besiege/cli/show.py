@@ -1,0 +1,57 @@
+"""`besiege show`: one method in full."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from besiege.core.method import Card
+
+SEEKS = {
+    "success": "success within eps",
+    "minimum": "the nearest adversarial image",
+    "optimum": "the best of its objective",
+}
+
+
+def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A method; `besiege list` shows them.")]) -> None:
+    """Show what a method is, what it needs and its options with their defaults."""
+    from besiege.cli.listing import norms
+    from besiege.cli.terminal import facts
+    from besiege.core.method import method
+    from besiege.report import atlas
+
+    found = method(name)
+    card = found.card
+    facts(
+        f"{card.title} ({card.name})",
+        [
+            ("what it is", card.summary),
+            ("paper", card.paper),
+            ("family", f"{card.family}, {card.kind}"),
+            ("needs", card.access.name.lower()),
+            ("norms", ", ".join(norms(card))),
+            ("seeks", SEEKS[card.seeks]),
+            ("targeted", "yes" if card.targeted else "no"),
+            ("ATLAS", ", ".join(f"{key} {atlas.TITLES[key]}" for key in atlas.entry(card.family).atlas)),
+        ],
+    )
+    typer.echo(f"\n{inspect.getdoc(found.function)}")
+    if card.options:
+        typer.echo("")
+        facts("Options, -o key=value", _options(card))
+
+
+def _options(card: Card) -> list[tuple[str, str]]:
+    return [(f"{key}={option.default}", _kind(option.annotation)) for key, option in card.options.items()]
+
+
+def _kind(annotation: Any) -> str:
+    import typing
+
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)

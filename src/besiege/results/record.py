@@ -1,0 +1,120 @@
+"""The plain, verified facts of one cell: one attack on one target under one threat."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Norm = Literal["l0", "l1", "l2", "linf"]
+AccessName = Literal["labels", "scores", "gradients", "weights"]
+Interval = tuple[float, float]
+
+
+class Facts(BaseModel):
+    """A frozen model that is JSON both ways. Infinity has no place in it: what is unknown is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def json_text(self) -> str:
+        """The facts as indented JSON."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+class Threat(Facts):
+    """The threat model as recorded; without ``eps`` there was no radius."""
+
+    norm: Norm
+    eps: float | None
+    access: AccessName
+    queries: int | None = None
+    seconds: float | None = None
+    targeted: bool = False
+    target_class: int | None = None
+
+    def __str__(self) -> str:
+        return ball_text(self.norm, self.eps)
+
+
+class Rows(Facts):
+    """What happened to each image, one entry an image in every list.
+
+    ``distance`` is None where nothing verified was found; ``needed`` counts the forward passes up to the
+    first success, -1 where there was none.
+    """
+
+    index: list[int]
+    label: list[int]
+    clean_label: list[int]
+    adversarial_label: list[int]
+    attacked: list[bool]
+    success: list[bool]
+    success_8bit: list[bool]
+    distance: list[float | None]
+    forward: list[int]
+    backward: list[int]
+    needed: list[int]
+
+
+class Record(Facts):
+    """One attack on one target.
+
+    ``success_rate`` is over the ``attacked`` images, those that the clean target gets right (and that do not
+    bear the target class already); ``robust_accuracy`` is over all ``n``, and an image that the clean target
+    gets wrong is not robust. Intervals are Wilson's at 95 %. Distances are of the verified adversarial
+    examples, those beyond eps that a minimum-seeking attack found included. ``noise_success_rate`` is what
+    random perturbations of the same size achieve. ``verified`` says that a fresh forward pass confirmed every
+    claim of the search. A universal perturbation has a ``fooling_rate``, its success on images that it was not
+    fitted on, and what fitting it cost.
+    """
+
+    attack: str
+    options: dict[str, Any]
+    title: str
+    family: str
+    paper: str
+    seeks: Literal["success", "minimum", "optimum"]
+    target: str
+    fingerprint: str
+    data: str
+    n: int
+    seed: int
+    threat: Threat
+    clean_accuracy: float
+    attacked: int
+    success_rate: float | None
+    success_interval: Interval
+    robust_accuracy: float
+    robust_interval: Interval
+    median_distance: float | None
+    mean_distance: float | None
+    success_rate_8bit: float | None
+    noise_success_rate: float | None
+    forward_per_image: float
+    backward_per_image: float
+    queries_median: float | None
+    setup_forward: int = 0
+    setup_backward: int = 0
+    setup_seconds: float = 0.0
+    fooling_rate: float | None = None
+    seconds: float
+    cpu_seconds: float
+    verified: bool
+    notes: list[str] = Field(default_factory=list)
+    images: Rows
+
+    @property
+    def standing(self) -> dict[int, bool]:
+        """By image number: is it right when clean, and did it withstand this attack?"""
+        rows = zip(self.images.index, self.images.label, self.images.clean_label, self.images.success, strict=True)
+        return {index: label == clean and not fell for index, label, clean, fell in rows}
+
+
+def ball_text(norm: str, eps: float | None) -> str:
+    """``linf:8/255``, ``l2:0.5``; the norm alone where there is no radius."""
+    if eps is None:
+        return norm
+    levels = eps * 255
+    if norm == "linf" and abs(levels - round(levels)) < 1e-6 * levels:
+        return f"{norm}:{round(levels)}/255"
+    return f"{norm}:{eps:.6g}"
