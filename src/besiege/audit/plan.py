@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from besiege.core.errors import BadInput
 from besiege.core.method import Attack, Card, Method
 from besiege.core.threat import INF, NORM_NAMES, Access, Ball, ThreatModel
+from besiege.results.audit import cell_name
 from besiege.results.record import ball_text
 
 Budget = Literal["quick", "standard", "thorough"]
@@ -17,7 +18,8 @@ BUDGETS: tuple[Budget, ...] = get_args(Budget)
 IMAGES: Mapping[str, int | None] = {"quick": 100, "standard": 1000, "thorough": None}
 """How many images an audit takes where --limit does not say."""
 
-
+FEWEST = 10
+"""Fewer images than this say nothing about an attack."""
 RADII: Mapping[float, tuple[float, float, float]] = {
     INF: (0.1, 8 / 255, 4 / 255),
     2.0: (1.5, 0.5, 3.0),
@@ -78,12 +80,35 @@ class Cell:
     images: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.attack.name} {threat_text(self.threat.ball)}"
+        return cell_name(self.attack.name, threat_text(self.threat.ball))
+
+    def count(self, n: int) -> int:
+        """How many of ``n`` images it meets."""
+        return n if self.images is None else min(n, self.images)
 
     def passes(self, n: int) -> int:
         """At most this many forward passes over ``n`` images, as far as the options tell."""
-        met = n if self.images is None else min(n, self.images)
-        return met * (self.threat.queries or passes(self.attack))
+        return self.count(n) * (self.threat.queries or passes(self.attack))
+
+    def seconds(self, n: int, speed: Speed) -> float:
+        """At most so long over ``n`` images: every one stands to the end, which it rarely does."""
+        return self.passes(n) * speed.of(self.threat.access)
+
+    def facts(self) -> dict[str, Any]:
+        """What it sends, as a manifest states it."""
+        return {"options": dict(self.attack.arguments), "images": self.images, "queries": self.threat.queries}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds an image of a forward pass, and of one with the pass back; not a number where there is none."""
+
+    forward: float
+    both: float
+
+    def of(self, access: Access) -> float:
+        """What one step costs an attack of that access."""
+        return self.both if access >= Access.GRADIENTS and math.isfinite(self.both) else self.forward
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,27 @@ class Plan:
 
     cells: tuple[Cell, ...]
     left_out: tuple[tuple[str, str, str], ...] = ()
+
+    def seconds(self, n: int, speed: Speed) -> float:
+        """What all cells take over ``n`` images at most."""
+        return sum(cell.seconds(n, speed) for cell in self.cells)
+
+
+def allot(pending: Sequence[tuple[int, float]], seconds: float) -> list[int]:
+    """How many images each cell gets of the time that is left, from how many it still has and what one costs.
+
+    Cells share the time alike; what a cheap one does not need goes to the dear ones. One that could not do
+    `FEWEST` gets none, and the others its share.
+    """
+    given = [0] * len(pending)
+    waiting = sorted(range(len(pending)), key=lambda k: pending[k][0] * pending[k][1])
+    for place, k in enumerate(waiting):
+        left, cost = pending[k]
+        can = left if cost <= 0 else min(left, int(max(seconds, 0.0) / (len(waiting) - place) / cost))
+        if can >= min(FEWEST, left):
+            given[k] = can
+            seconds -= can * cost
+    return given
 
 
 def plan(
@@ -110,7 +156,7 @@ def plan(
     """
     cells: list[Cell] = []
     left_out: list[tuple[str, str, str]] = []
-    for name in only or [name for name in SIEGE if name in methods]:
+    for name in dict.fromkeys(only) or [name for name in SIEGE if name in methods]:
         card, part = methods[name].card, share(methods[name].card, budget)
         for ball in threats:
             why = unfit(card, access, ball)

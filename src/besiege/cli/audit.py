@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from besiege.cli import options as o
+from besiege.core.errors import BadInput
 
 if TYPE_CHECKING:
-    from besiege.results.audit import Audit
+    from rich.table import Table
+
+    from besiege.audit.plan import Plan, Speed
+    from besiege.audit.run import Event
+    from besiege.core.images import Images
+    from besiege.core.target import Target
+    from besiege.core.threat import Ball
+    from besiege.results.audit import Audit, Gate
+    from besiege.results.store import Store
+
+BELOW, CUT, INTERRUPTED = 1, 3, 130
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Format(StrEnum):
+    """What an audit prints at its end."""
+
+    table = "table"
+    json = "json"
+    md = "md"
+    junit = "junit"
+    html = "html"
 
 
 def audit(
+    context: typer.Context,
     target: o.TargetSpec = None,
     data: o.DataSpec = None,
     limit: o.Limit = None,
@@ -24,8 +49,16 @@ def audit(
     ] = None,
     budget: o.Effort = o.Budget.quick,
     attacks: Annotated[str | None, typer.Option(help="Send only these, for example pgd,square.")] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="End within 90s, 10m or 1h; say what is left.")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(metavar="THREAT=SHARE", help="Exit with 1 if less is sure to stand: linf:8/255=0.4. Repeatable."),
+    ] = None,
     seed: o.Seed = 0,
     device: o.Device = "cpu",
+    format: Annotated[Format, typer.Option(help="What to print at the end.")] = Format.table,
     json: o.Json = False,
     trust_code: o.Trust = False,
     weights: o.Weights = None,
@@ -35,80 +68,252 @@ def audit(
     batch: o.Batch = None,
     on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
-) -> None:
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it costs; send nothing.")] = False,
+) -> int:
     """Send a plan of attacks and write a report: what held, per attack and in the worst case per image.
 
-    The run folder (by default runs/TARGET-DATA-BUDGET) gets audit.json, report.html and the pictures.
+    The run folder (by default runs/TARGET-DATA-BUDGET) gets run.sqlite, the adversarial images, audit.json and
+    report.html. The same command again goes on where it stopped.
     """
     from besiege.audit import plan as p
     from besiege.audit import run as r
-    from besiege.cli import terminal
-    from besiege.core.errors import BadInput
     from besiege.core.method import method, registry
     from besiege.core.threat import Ball
     from besiege.report.html import page
     from besiege.results import files
     from besiege.results.audit import slug
+    from besiege.results.store import Store
 
-    only = [method(name.strip()).card.name for name in (attacks or "").split(",") if name.strip()]
-    threats = [Ball.parse(text) for text in (threat or "").split(",") if text.strip()]
+    seconds, gates = None if time is None else _seconds(time), _thresholds(fail_under or [])
+    request = {name: context.params[name] for name in REQUEST}
+    if resume is not None:
+        request = _requested(context, resume)
+    budget = o.Budget(request["budget"])
+    only = [method(name.strip()).card.name for name in (request["attacks"] or "").split(",") if name.strip()]
+    threats = [Ball.parse(text) for text in (request["threat"] or "").split(",") if text.strip()]
+    feeding = {name: request[name] for name in ("seed", "weights", "mean", "std", "classes", "batch")}
     victim, images = o.opened(
-        target,
-        data,
-        limit=limit or p.IMAGES[budget],
-        seed=seed,
-        device=device,
+        request["target"],
+        request["data"],
+        limit=request["limit"] or p.IMAGES[budget],
+        device=device if resume is None else request["device"],
         trust_code=trust_code,
-        weights=weights,
-        mean=mean,
-        std=std,
-        classes=classes,
-        batch=batch,
-        on_bad=on_bad,
+        on_bad=o.OnBad(request["on_bad"]),
+        **feeding,
     )
     plan = p.plan(registry(), victim.access, threats or p.customary(victim.shape), budget.value, only)
-    folder = out or Path("runs") / slug(victim.name, images.name, budget.value)
-    warnings = o.warned(victim, images)
-    with terminal.progress() as bar:
-        ahead = [cell.passes(len(images)) for cell in plan.cells]
-        task = bar.add_task("", total=sum(ahead))
-        done = 0
+    _sent(gates, plan)
+    if dry_run:
+        _dry(plan, r.measured(victim, images), len(images), seconds, json or format is Format.json)
+        return 0
+    folder = resume or out or Path("runs") / slug(victim.name, images.name, budget.value)
+    with Store(folder, r.manifest(victim, images, plan, budget=budget.value, seed=request["seed"])) as store:
+        store.note(request=request)
+        found = _run(victim, images, plan, store, request["seed"], seconds)
+    if not found.records and found.complete:
+        raise BadInput(f"no attack could be run: {found.left_out[-1].why}")
+    found = found.model_copy(update={"gates": _gates(gates, found)})
+    found.save(folder)
+    path = folder / "report.html"
+    files.write(path, page(found, folder))
+    _show(found, path, Format.json if json else format)
+    return _verdict(found)
 
-        def tell(event: r.Event) -> None:
-            nonlocal done
+
+REQUEST = (
+    "target",
+    "data",
+    "limit",
+    "threat",
+    "budget",
+    "attacks",
+    "seed",
+    "device",
+    "weights",
+    "mean",
+    "std",
+    "classes",
+    "batch",
+    "on_bad",
+)
+"""What --resume takes from the run. What executes a stranger's code is asked for anew."""
+
+
+def _requested(context: typer.Context, run: Path) -> dict[str, Any]:
+    """What the run in a folder was asked to do.
+
+    Raises:
+        BadInput: there is none, or the command line says it again.
+    """
+    from besiege.results import store
+
+    for name in (*REQUEST, "out"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            said = name.upper() if name == "target" else f"--{name.replace('_', '-')}"
+            raise BadInput(f"--resume takes everything from the run; leave {said} out")
+    if not (run / store.FILE).exists():
+        raise BadInput(f"there is no run in {run}")
+    with store.Store(run) as held:
+        request: dict[str, Any] | None = held.manifest.get("request")
+    if request is None:
+        raise BadInput(f"{run} does not say what it was asked to do; run the first command again")
+    return request
+
+
+def _run(target: Target, images: Images, plan: Plan, store: Store, seed: int, seconds: float | None) -> Audit:
+    """The audit, with its plan, its progress and each shard's figures on stderr."""
+    from rich.console import Console
+
+    from besiege.audit import run as r
+    from besiege.cli import terminal
+
+    warnings, n = o.warned(target, images), len(images)
+    speed = r.measured(target, images)
+    Console(stderr=True).print(_table(plan, speed, n, seconds))
+    with terminal.progress() as bar:
+        task = bar.add_task("", total=sum(cell.passes(n) for cell in plan.cells))
+
+        def tell(event: Event) -> None:
             if isinstance(event, r.Passed):
                 bar.advance(task, event.rows)
             elif isinstance(event, r.Began):
-                bar.update(task, description=f"{done + 1}/{len(plan.cells)} {event.cell}, {event.images} images")
+                bar.update(task, description=f"{event.cell}, {event.images} images")
             else:
-                done += 1
-                bar.update(task, completed=sum(ahead[:done]))
                 bar.console.print(_line(event), markup=False, highlight=False, soft_wrap=True)
 
-        found = r.audit(
-            victim,
+        return r.audit(
+            target,
             images,
             plan,
-            folder,
-            budget=budget.value,
+            store,
             seed=seed,
+            seconds=seconds,
+            speed=speed,
             command=shlex.join(["besiege", *sys.argv[1:]]),
             warnings=warnings,
             tell=tell,
         )
-    if not found.records and found.complete:
-        raise BadInput(f"no attack could be run: {found.left_out[-1].why}")
-    path = folder / "report.html"
-    files.write(path, page(found, folder))
-    if json:
+
+
+def _table(plan: Plan, speed: Speed, n: int, seconds: float | None) -> Table:
+    """The plan: what each cell costs at most, and under a time how many images fit for sure."""
+    from rich.table import Table
+
+    from besiege.audit.plan import allot, threat_text
+    from besiege.cli.terminal import spell
+
+    fit = [cell.count(n) for cell in plan.cells]
+    if seconds is not None:
+        fit = allot([(k, cell.seconds(1, speed)) for k, cell in zip(fit, plan.cells, strict=True)], seconds)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    columns = ("attack", "threat", "images", "passes, at most", "time, at most")
+    for column in columns if seconds is None else (*columns, "sure to fit"):
+        table.add_column(column, justify="left" if column in ("attack", "threat") else "right")
+    for cell, sure in zip(plan.cells, fit, strict=True):
+        row = (cell.attack.name, threat_text(cell.threat.ball), str(cell.count(n)), f"{cell.passes(n):,}")
+        table.add_row(*row, spell(cell.seconds(n, speed)), *(() if seconds is None else (str(sure),)))
+    table.add_row("all", "", "", f"{sum(cell.passes(n) for cell in plan.cells):,}", spell(plan.seconds(n, speed)))
+    return table
+
+
+def _dry(plan: Plan, speed: Speed, n: int, seconds: float | None, json: bool) -> None:
+    from json import dumps
+
+    from rich.console import Console
+
+    from besiege.audit.plan import threat_text
+
+    if not json:
+        Console().print(_table(plan, speed, n, seconds))
+        return
+    cells = [
+        {
+            "attack": cell.attack.name,
+            "options": dict(cell.attack.arguments),
+            "threat": threat_text(cell.threat.ball),
+            "images": cell.count(n),
+            "passes": cell.passes(n),
+            "seconds": cell.seconds(n, speed),
+        }
+        for cell in plan.cells
+    ]
+    left_out = [dict(zip(("attack", "threat", "why"), left, strict=True)) for left in plan.left_out]
+    typer.echo(dumps({"cells": cells, "left_out": left_out, "seconds": plan.seconds(n, speed)}))
+
+
+def _seconds(text: str) -> float:
+    """``90s``, ``10m``, ``1h30m``; a bare number counts seconds."""
+    parts = re.findall(
+        r"(\d+(?:\.\d+)?)\s*([smh])", text.strip().lower() + ("s" if text.strip()[-1:].isdigit() else "")
+    )
+    seconds = sum(float(value) * UNITS[unit] for value, unit in parts)
+    if not re.fullmatch(r"(\s*\d+(\.\d+)?\s*[smh]?)+\s*", text.lower()) or not seconds:
+        raise BadInput(f"--time {text!r} is no time; write for example 90s, 10m or 1h")
+    return seconds
+
+
+def _thresholds(texts: list[str]) -> list[tuple[Ball, float]]:
+    """The threat and the least share that shall stand, of each --fail-under."""
+    from besiege.core.threat import Ball, number
+
+    found = []
+    for text in texts:
+        threat, equals, share = text.rpartition("=")
+        if not equals or not 0 <= number(share) <= 1:
+            raise BadInput(f"--fail-under {text!r} names no threat and share; write for example linf:8/255=0.4")
+        found.append((Ball.parse(threat), number(share)))
+    return found
+
+
+def _sent(gates: list[tuple[Ball, float]], plan: Plan) -> None:
+    """Refuse a threshold on a threat that no attack is sent under."""
+    from besiege.audit.plan import threat_text
+
+    known = list(dict.fromkeys(threat_text(cell.threat.ball) for cell in plan.cells))
+    for ball, _ in gates:
+        if threat_text(ball) not in known:
+            raise BadInput(f"--fail-under {threat_text(ball)} is not among the threats; there are {', '.join(known)}")
+
+
+def _gates(gates: list[tuple[Ball, float]], found: Audit) -> list[Gate]:
+    from besiege.audit.plan import threat_text
+    from besiege.results.audit import Gate
+
+    low = {str(worst): worst.robust_interval[0] for worst in found.worst}
+    return [Gate(threat=(name := threat_text(ball)), at_least=share, low=low.get(name)) for ball, share in gates]
+
+
+def _show(found: Audit, path: Path, format: Format) -> None:
+    from besiege.report import junit, markdown
+    from besiege.results import files
+
+    if format is Format.table:
+        _print(found, path)
+    elif format is Format.html:
+        typer.echo(files.read(path), nl=False)
+    elif format is Format.json:
         typer.echo(found.model_dump_json())
     else:
-        _print(found, path)
+        typer.echo((markdown if format is Format.md else junit).render(found), nl=False)
+
+
+def _verdict(found: Audit) -> int:
+    """The exit code, and on stderr the sentence that explains it."""
+    for gate in found.gates:
+        if not gate.passed:
+            typer.echo(f"failed: {gate}", err=True)
     if not found.complete:
-        raise KeyboardInterrupt
+        missing = [f"{left.attack} {left.threat}: {left.why}" for left in found.left_out]
+        if any(left.why.startswith("the run was interrupted") for left in found.left_out):
+            return INTERRUPTED
+        typer.echo(f"cut short by --time; the same command goes on ({'; '.join(missing)})", err=True)
+        return CUT
+    return 0 if all(gate.passed for gate in found.gates) else BELOW
 
 
-def _line(event: object) -> str:
+def _line(event: Event) -> str:
     from besiege.audit.run import Ended, Failed
     from besiege.cli.terminal import percent
 
@@ -147,4 +352,7 @@ def _print(audit: Audit, path: Path) -> None:
     console = Console()
     console.print(Text(f"{audit.target} on {audit.data}"))
     console.print(table)
+    for check in audit.checks:
+        if not check.passed:
+            console.print(Text(f"warning: {check.name}: {check.evidence}; {check.advice}"), soft_wrap=True)
     console.print(Text(f"report: {path}"), soft_wrap=True)

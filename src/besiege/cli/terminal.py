@@ -60,3 +60,10 @@ def between(interval: tuple[float, float]) -> str:
 def figure(value: float | None) -> str:
     """Four digits; a dash where there is no value."""
     return "–" if value is None else f"{value:.4g}"
+
+
+def spell(seconds: float) -> str:
+    """``42 s``, ``7 min``, ``3.5 h``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -27,13 +27,13 @@ class Target:
     (c, h, w); ``batch`` is how many images it likes at once; ``module`` is what computes it, where it is torch.
     """
 
-    call: Callable[[Tensor], Tensor | Answer]
+    call: Callable[[Tensor], Tensor | Answer] = field(repr=False)
     access: Access
     classes: int
     shape: tuple[int, int, int]
     name: str = "target"
     fingerprint: str = ""
-    module: nn.Module | None = None
+    module: nn.Module | None = field(default=None, repr=False)
     batch: int = 64
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32

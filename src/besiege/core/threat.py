@@ -92,15 +92,15 @@ def _probability(goal: Goal, scores: Tensor) -> Tensor:
 def _dlr(goal: Goal, scores: Tensor) -> Tensor:
     """Difference of logits ratio (Croce & Hein 2020, arXiv:2003.01690).
 
-    Two classes leave no scale-free ratio (it would be constant), so there it is the margin; with three, the
-    targeted form divides by z1 - z3.
+    Two classes leave no scale-free ratio, nor do three where one is the target and lowest (it would be constant):
+    there it is the margin.
     """
     own, other = _own_and_best_other(scores, goal.labels)
     gap = other - own if goal.targeted else own - other
-    if scores.shape[1] < 3:
+    if scores.shape[1] < (4 if goal.targeted else 3):
         return gap
     top = scores.topk(min(4, scores.shape[1]), dim=1).values
-    low = (top[:, 2] + top[:, 3]) / 2 if goal.targeted and top.shape[1] == 4 else top[:, 2]
+    low = (top[:, 2] + top[:, 3]) / 2 if goal.targeted else top[:, 2]
     return gap / (top[:, 0] - low + 1e-12)
 
 
@@ -183,8 +183,10 @@ class Ball:
         eps = self.eps if isinstance(self.eps, Tensor) else x.new_full((len(x),), self.eps)
         return (_project_l2 if self.norm == 2 else _project_l1 if self.norm == 1 else _project_l0)(adv, x, eps)
 
-    def steepest(self, grad: Tensor) -> Tensor:
+    def steepest(self, grad: Tensor, at: Tensor | None = None, step: float = 0.0) -> Tensor:
         """The direction of unit norm along which ``grad`` (n, c, h, w) rises most; 0 where it vanishes.
+
+        From ``at`` (n, c, h, w), in norm 1, coordinates that [0, 1] would stop within half a ``step`` are left out.
 
         In norm 1 the steepest direction is the largest coordinate alone. Steps along it would take forever, so
         it is shared by the largest twentieth of the coordinates (Tramèr & Boneh 2019, arXiv:1904.13000); in
@@ -197,6 +199,8 @@ class Ball:
             return grad / rowwise(flat.norm(dim=1).clamp_min(1e-30), grad)
         if self.norm == 1:
             share = max(1, flat.shape[1] // 20)
+            if at is not None:
+                flat = flat * (torch.where(grad > 0, 1 - at, at).flatten(1) > step / (2 * share))
             top = flat.abs().topk(share, dim=1).indices
             return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / share).view_as(grad)
         pixels = grad.square().sum(1).flatten(1)

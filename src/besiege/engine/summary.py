@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
@@ -18,8 +17,7 @@ from besiege.core.target import Execution, Target
 from besiege.core.threat import INF, NORM_NAMES, ThreatModel
 from besiege.engine.evasion import Lensing, Outcome, evade
 from besiege.engine.judge import Verdict, judge
-from besiege.results.interval import wilson
-from besiege.results.record import AccessName, Norm, Record, Rows, Threat
+from besiege.results.record import AccessName, Norm, Record, Rows, Threat, figures
 
 
 def agree(target: Target, images: Images) -> None:
@@ -93,12 +91,20 @@ def summarize(
     threat = threat or outcome.threat
     eps = float(threat.ball.eps)
     success = verdict.success & (verdict.distance <= eps * (1 + 1e-6) + 1e-7)
-    rounded = success & verdict.success_8bit
-    right = outcome.clean == outcome.label
-    n, attacked, fell = len(images), int(outcome.attacked.sum()), int(success.sum())
-    stands = int((right & ~success).sum())
-    found = [d for d in verdict.distance.tolist() if math.isfinite(d)]
-    needed = [k for k, hit in zip(outcome.needed.tolist(), success.tolist(), strict=True) if hit]
+    rows = Rows(
+        index=images.index.tolist(),
+        label=outcome.label.tolist(),
+        clean_label=outcome.clean.tolist(),
+        adversarial_label=verdict.label.tolist(),
+        attacked=outcome.attacked.tolist(),
+        success=success.tolist(),
+        success_8bit=(success & verdict.success_8bit).tolist(),
+        distance=[d if math.isfinite(d) else None for d in verdict.distance.tolist()],
+        forward=outcome.forward.tolist(),
+        backward=outcome.backward.tolist(),
+        needed=outcome.needed.tolist(),
+    )
+    figured = figures(rows, int(verdict.noise.sum()))
     return Record(
         attack=attack.name,
         options=dict(attack.arguments),
@@ -109,7 +115,6 @@ def summarize(
         target=target.name,
         fingerprint=target.fingerprint,
         data=images.name,
-        n=n,
         seed=outcome.seed,
         threat=Threat(
             norm=cast(Norm, NORM_NAMES[threat.ball.norm]),
@@ -120,38 +125,14 @@ def summarize(
             targeted=threat.targeted,
             target_class=target_class,
         ),
-        clean_accuracy=float(right.double().mean()),
-        attacked=attacked,
-        success_rate=fell / attacked if attacked else None,
-        success_interval=wilson(fell, attacked),
-        robust_accuracy=stands / n,
-        robust_interval=wilson(stands, n),
-        median_distance=statistics.median(found) if found else None,
-        mean_distance=statistics.fmean(found) if found else None,
-        success_rate_8bit=int(rounded.sum()) / attacked if attacked else None,
-        noise_success_rate=int(verdict.noise.sum()) / attacked if attacked else None,
-        forward_per_image=int(outcome.forward.sum()) / max(attacked, 1),
-        backward_per_image=int(outcome.backward.sum()) / max(attacked, 1),
-        queries_median=statistics.median(needed) if needed else None,
         setup_forward=outcome.setup_forward,
         setup_backward=outcome.setup_backward,
         setup_seconds=outcome.setup_seconds,
-        fooling_rate=fell / attacked if attacked and attack.card.kind == "universal" else None,
+        fooling_rate=figured["success_rate"] if attack.card.kind == "universal" else None,
         seconds=outcome.seconds,
         cpu_seconds=outcome.cpu_seconds,
         verified=torch.equal(verdict.success, outcome.success),
         notes=list(outcome.notes),
-        images=Rows(
-            index=images.index.tolist(),
-            label=outcome.label.tolist(),
-            clean_label=outcome.clean.tolist(),
-            adversarial_label=verdict.label.tolist(),
-            attacked=outcome.attacked.tolist(),
-            success=success.tolist(),
-            success_8bit=rounded.tolist(),
-            distance=[d if math.isfinite(d) else None for d in verdict.distance.tolist()],
-            forward=outcome.forward.tolist(),
-            backward=outcome.backward.tolist(),
-            needed=outcome.needed.tolist(),
-        ),
+        images=rows,
+        **figured,
     )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
 from besiege.core.errors import BadInput
-from besiege.results import files
+from besiege.results import files, store
+from besiege.results.checks import Check, of_records
 from besiege.results.interval import wilson
-from besiege.results.record import Facts, Interval, Norm, Record, ball_text
+from besiege.results.record import Facts, Interval, Norm, Record, Rows, ball_text, joined
+from besiege.results.store import Store
 
 FILE = "audit.json"
 
@@ -27,6 +32,44 @@ class Worst(Facts):
 
     def __str__(self) -> str:
         return ball_text(self.norm, self.eps)
+
+
+class Curve(Facts):
+    """The accuracy that is left within each radius, from the nearest adversarial example of each image.
+
+    Every list has an entry a radius; ``low`` and ``high`` bound the accuracy at 95 %. ``attack`` is
+    ``worst case`` where the nearest is taken over all attacks.
+    """
+
+    norm: Norm
+    eps: list[float]
+    accuracy: list[float]
+    low: list[float]
+    high: list[float]
+    attack: str
+
+
+class Gate(Facts):
+    """A threshold on the lower bound of the worst case's interval, and that bound; None where nothing was run."""
+
+    threat: str
+    at_least: float
+    low: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Is the bound high enough?"""
+        return self.low is not None and self.low >= self.at_least
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return (
+                f"robust accuracy within {self.threat} was not measured, so it is not known to be {self.at_least:.1%}"
+            )
+        return (
+            f"robust accuracy within {self.threat} is at least {self.low:.1%} (95 %), "
+            f"{'as' if self.passed else 'below the'} {self.at_least:.1%} asked for"
+        )
 
 
 class LeftOut(Facts):
@@ -69,12 +112,17 @@ class Environment(Facts):
 
 
 class Audit(Facts):
-    """Everything that a report needs. ``complete`` is False where the run was cut short."""
+    """Everything that a report needs. ``complete`` is False where the run was cut short.
+
+    ``digest`` names the pixels and labels, ``git`` the commit of the folder that it ran in. ``seconds`` counts
+    the work that is kept: what a kill undid is not in it.
+    """
 
     name: str
     target: str
     fingerprint: str
     data: str
+    digest: str = ""
     n: int
     classes: int
     shape: tuple[int, int, int]
@@ -83,11 +131,15 @@ class Audit(Facts):
     started: str
     seconds: float
     command: str
+    git: str = ""
     environment: Environment
     clean_accuracy: float
     clean_interval: Interval
     worst: list[Worst] = Field(default_factory=list)
     records: list[Record] = Field(default_factory=list)
+    curves: list[Curve] = Field(default_factory=list)
+    checks: list[Check] = Field(default_factory=list)
+    gates: list[Gate] = Field(default_factory=list)
     left_out: list[LeftOut] = Field(default_factory=list)
     pictures: list[Picture] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
@@ -101,12 +153,15 @@ class Audit(Facts):
 
 
 def load(run: Path) -> Audit:
-    """The audit in a run folder, or in a JSON file.
+    """The audit in a run folder, or in a JSON file; of a run that was killed, what its store holds.
 
     Raises:
         BadInput: there is none, or it is none of ours.
     """
     path = run / FILE if run.is_dir() else run
+    if not path.exists() and (run / store.FILE).exists():
+        with store.Store(run) as held:
+            return derived(held)
     if not path.exists():
         raise BadInput(f"there is no audit at {path}; `besiege audit --out {run}` makes one")
     try:
@@ -115,6 +170,78 @@ def load(run: Path) -> Audit:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise BadInput(f"{path} is no audit of besiege: {where}: {first['msg']}") from None
+
+
+def derived(store: Store) -> Audit:
+    """The audit that follows from what a run folder holds.
+
+    Raises:
+        BadInput: it was cut off before anything was measured.
+    """
+    known = store.manifest
+    if "opening" not in known:
+        raise BadInput(f"{store.folder} was cut off before its first figure; run the same command again")
+    cells = {key: store.record(key) or {} for key in store.keys()}
+    records = [joined(parts) for parts in _parts(store, cells).values()]
+    order = {name: place for place, name in enumerate(known["cells"])}
+    records.sort(key=lambda record: order[cell_name(record.attack, str(record.threat))])
+    right = sum(label == clean for label, clean in zip(known["label"], known["clean_label"], strict=True))
+    clean = wilson(right, known["n"])
+    return Audit(
+        **{name: known[name] for name in Audit.model_fields if name in known and name not in ("checks", "notes")},
+        **{name: known["sessions"][0][name] for name in ("started", "command", "git", "environment")},
+        name=store.folder.name,
+        seconds=known["opening"] + sum(cell["wall"] for cell in cells.values()),
+        clean_accuracy=right / known["n"],
+        clean_interval=clean,
+        worst=worst_cases(records),
+        records=records,
+        curves=curves(records),
+        checks=[Check(**check) for check in known.get("checks", []) + known["crossed"]] + of_records(records, clean),
+        notes=known["notes"] + _moves(known["sessions"]),
+        pictures=[Picture(**picture) for cell in cells.values() for picture in cell["pictures"]],
+    )
+
+
+def cell_name(attack: str, threat: str) -> str:
+    """How a store names an attack under a threat."""
+    return f"{attack} {threat}"
+
+
+def shard_key(name: str, first: int, last: int, cut: bool = False) -> str:
+    """How a store names a shard of a cell: the images drawn ``first`` to ``last``; ``cut`` by the clock."""
+    return f"{name}|{first}-{last}{'|cut' if cut else ''}"
+
+
+def shard_span(key: str) -> tuple[str, int, int, bool]:
+    """The cell, the first and last image and whether the clock cut it, from a shard's key."""
+    name, span, *cut = key.split("|")
+    first, last = map(int, span.split("-"))
+    return name, first, last, bool(cut)
+
+
+def _moves(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where a run went on in another environment than it began in."""
+    first = sessions[0]["environment"]
+    moved = ({key: value for key, value in one["environment"].items() if value != first[key]} for one in sessions)
+    said = (", ".join(f"{key} {value}" for key, value in changed.items()) for changed in moved)
+    return [
+        f"the run went on at {one['started']} with {text}" for one, text in zip(sessions, said, strict=True) if text
+    ]
+
+
+def _parts(store: Store, cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Record]]:
+    """The shards of each cell. One that the clock cut counts only where no other speaks of its images."""
+    met: dict[str, set[int]] = {}
+    found: dict[str, list[Record]] = {}
+    for key in sorted(cells, key=lambda key: shard_span(key)[3]):
+        name = shard_span(key)[0]
+        rows = store.outcome(key)
+        index = rows.pop("image")
+        if met.setdefault(name, set()).isdisjoint(index):
+            met[name].update(index)
+            found.setdefault(name, []).append(Record(**cells[key]["record"], images=Rows(index=index, **rows)))
+    return found
 
 
 def worst_cases(records: Iterable[Record]) -> list[Worst]:
@@ -136,6 +263,47 @@ def worst_cases(records: Iterable[Record]) -> list[Worst]:
         names = [cell.attack for cell in cells]
         found.append(Worst(norm=norm, eps=eps, robust_accuracy=k / n, robust_interval=wilson(k, n), attacks=names))
     return found
+
+
+def curves(records: Sequence[Record]) -> list[Curve]:
+    """What each attack that seeks the minimum says of every radius, and all attacks of its norm together."""
+    found = []
+    for norm in dict.fromkeys(record.threat.norm for record in records):
+        cells = [record for record in records if record.threat.norm == norm and not record.threat.targeted]
+        seekers = [cell for cell in cells if cell.seeks == "minimum"]
+        radii = [cell.threat.eps for cell in cells if cell.threat.eps is not None]
+        if not seekers or not radii:
+            continue
+        for name in dict.fromkeys(cell.attack for cell in seekers):
+            found.append(_curve(norm, name, max(radii), [cell for cell in seekers if cell.attack == name]))
+        if len(cells) > 1:
+            met = {index for cell in seekers for index in cell.images.index}
+            found.append(_curve(norm, "worst case", max(radii), cells, met))
+    return found
+
+
+def _curve(norm: Norm, attack: str, eps: float, cells: Sequence[Record], met: Collection[int] | None = None) -> Curve:
+    """Radii in fifteenths of ``eps``, up to where nothing stands or four times as far."""
+    nearest: dict[int, float] = {}
+    for cell in cells:
+        rows = cell.images
+        for index, label, clean, far in zip(rows.index, rows.label, rows.clean_label, rows.distance, strict=True):
+            if met is None or index in met:
+                reach = 0.0 if label != clean else math.inf if far is None else far
+                nearest[index] = min(reach, nearest.get(index, math.inf))
+    n, radii = len(nearest), [eps * k / 15 for k in range(61)]
+    reaches = sorted(nearest.values())
+    standing = [n - bisect_right(reaches, radius * (1 + 1e-6) + 1e-7 * bool(radius)) for radius in radii]
+    ends = next((k + 1 for k, stands in enumerate(standing) if not stands), len(radii))
+    bounds = [wilson(stands, n) for stands in standing[:ends]]
+    return Curve(
+        norm=norm,
+        eps=radii[:ends],
+        accuracy=[stands / n for stands in standing[:ends]],
+        low=[low for low, _ in bounds],
+        high=[high for _, high in bounds],
+        attack=attack,
+    )
 
 
 def slug(*parts: str) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from besiege.core.errors import BadInput
 
+PARTS = ".*.part"
+"""The names of files that are being written; a kill leaves one behind."""
+
 
 def write(path: Path, content: str | bytes) -> None:
     """Write ``content`` in one step: whoever reads ``path`` sees the old file or the new one.
@@ -19,7 +22,7 @@ def write(path: Path, content: str | bytes) -> None:
     beside = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from besiege.results.interval import wilson
 
 Norm = Literal["l0", "l1", "l2", "linf"]
 AccessName = Literal["labels", "scores", "gradients", "weights"]
@@ -108,6 +112,51 @@ class Record(Facts):
         """By image number: is it right when clean, and did it withstand this attack?"""
         rows = zip(self.images.index, self.images.label, self.images.clean_label, self.images.success, strict=True)
         return {index: label == clean and not fell for index, label, clean, fell in rows}
+
+
+def figures(rows: Rows, noise: int) -> dict[str, Any]:
+    """What a `Record` says of its rows together; random noise of the same size succeeded on ``noise`` of them."""
+    n, attacked, fell = len(rows.index), sum(rows.attacked), sum(rows.success)
+    right = [label == clean for label, clean in zip(rows.label, rows.clean_label, strict=True)]
+    stands = sum(was and not hit for was, hit in zip(right, rows.success, strict=True))
+    found = [distance for distance in rows.distance if distance is not None]
+    needed = [passes for passes, hit in zip(rows.needed, rows.success, strict=True) if hit]
+    return {
+        "n": n,
+        "clean_accuracy": sum(right) / n,
+        "attacked": attacked,
+        "success_rate": fell / attacked if attacked else None,
+        "success_interval": wilson(fell, attacked),
+        "robust_accuracy": stands / n,
+        "robust_interval": wilson(stands, n),
+        "median_distance": statistics.median(found) if found else None,
+        "mean_distance": statistics.fmean(found) if found else None,
+        "success_rate_8bit": sum(rows.success_8bit) / attacked if attacked else None,
+        "noise_success_rate": noise / attacked if attacked else None,
+        "forward_per_image": sum(rows.forward) / max(attacked, 1),
+        "backward_per_image": sum(rows.backward) / max(attacked, 1),
+        "queries_median": statistics.median(needed) if needed else None,
+    }
+
+
+def joined(parts: Sequence[Record]) -> Record:
+    """One record of the shards of one attack, which share no image; its rows are in the order of their numbers."""
+    rows = {name: [value for part in parts for value in getattr(part.images, name)] for name in Rows.model_fields}
+    order = sorted(range(len(rows["index"])), key=rows["index"].__getitem__)
+    images = Rows(**{name: [column[row] for row in order] for name, column in rows.items()})
+    noise = sum(round((part.noise_success_rate or 0) * part.attacked) for part in parts)
+    return parts[0].model_copy(
+        update={
+            **figures(images, noise),
+            **{
+                name: sum(getattr(part, name) for part in parts)
+                for name in ("seconds", "cpu_seconds", "setup_forward", "setup_backward", "setup_seconds")
+            },
+            "verified": all(part.verified for part in parts),
+            "notes": list(dict.fromkeys(note for part in parts for note in part.notes)),
+            "images": images,
+        }
+    )
 
 
 def ball_text(norm: str, eps: float | None) -> str:

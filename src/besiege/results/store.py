@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -23,17 +22,20 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from besiege.core.errors import BadInput
+from besiege.results import files
+from besiege.results.record import Rows
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS manifest (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS cell (key TEXT PRIMARY KEY, record TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS outcome (
-    cell TEXT NOT NULL REFERENCES cell (key), image INTEGER NOT NULL, label INTEGER, clean INTEGER,
-    adversarial INTEGER, success INTEGER, success_8bit INTEGER, distance REAL, forward INTEGER,
-    backward INTEGER, needed INTEGER, PRIMARY KEY (cell, image)
+    cell TEXT NOT NULL REFERENCES cell (key), image INTEGER NOT NULL, label INTEGER, clean_label INTEGER,
+    adversarial_label INTEGER, attacked INTEGER, success INTEGER, success_8bit INTEGER, distance REAL,
+    forward INTEGER, backward INTEGER, needed INTEGER, PRIMARY KEY (cell, image)
 ) WITHOUT ROWID;
 """
-COLUMNS = ("label", "clean", "adversarial", "success", "success_8bit", "distance", "forward", "backward", "needed")
+COLUMNS = tuple(name for name in Rows.model_fields if name != "index")
+FILE = "run.sqlite"
 
 
 class RunError(BadInput):
@@ -57,7 +59,9 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(f"{folder} is in use by another process; wait for it or choose another --out") from None
-            self._db = opened.enter_context(closing(sqlite3.connect(folder / "run.sqlite", isolation_level=None)))
+            for part in (part for place in (".", "shards", "pictures") for part in (folder / place).glob(files.PARTS)):
+                part.unlink()
+            self._db = opened.enter_context(closing(sqlite3.connect(folder / FILE, isolation_level=None)))
             self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + SCHEMA)
             if manifest is not None:
                 self._agree(manifest)
@@ -78,10 +82,11 @@ class Store:
         """What the run is of: specs, seed, versions."""
         return {key: json.loads(value) for key, value in self._db.execute("SELECT key, value FROM manifest")}
 
-    def note(self, key: str, value: Any) -> None:
-        """Add a fact about the run to the manifest."""
-        with _readable(self.folder):
-            self._db.execute("INSERT OR REPLACE INTO manifest VALUES (?, ?)", (key, json.dumps(value)))
+    def note(self, **facts: Any) -> None:
+        """Add facts about the run to the manifest, all or none."""
+        with _readable(self.folder), self._transaction():
+            rows = [(key, json.dumps(value)) for key, value in facts.items()]
+            self._db.executemany("INSERT OR REPLACE INTO manifest VALUES (?, ?)", rows)
 
     def keys(self) -> list[str]:
         """The cells that are done, in the order they were."""
@@ -92,11 +97,11 @@ class Store:
         row = self._db.execute("SELECT record FROM cell WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def outcome(self, key: str) -> dict[str, NDArray[Any]]:
-        """The outcomes of a cell, one array a column, with ``image`` numbering the rows."""
+    def outcome(self, key: str) -> dict[str, list[Any]]:
+        """The outcomes of a cell, one list a column, with ``image`` numbering the rows."""
         names = ("image", *COLUMNS)
         rows = self._db.execute(f"SELECT {', '.join(names)} FROM outcome WHERE cell = ? ORDER BY image", (key,))
-        return {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
+        return {name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
 
     def images(self, key: str) -> dict[str, NDArray[Any]]:
         """The tensors that were stored with a cell."""
@@ -122,45 +127,43 @@ class Store:
         marks = ", ".join("?" * (2 + len(COLUMNS)))
         with _readable(self.folder):
             if tensors:
-                _write(self._shard(key), save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+                whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+                files.write(self._shard(key), save(whole))
+            with self._transaction():
                 self._db.execute("INSERT INTO cell VALUES (?, ?)", (key, json.dumps(record)))
                 self._db.executemany(f"INSERT INTO outcome VALUES ({marks})", rows)
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All that is written inside, or nothing of it."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
 
     def _agree(self, manifest: Mapping[str, Any]) -> None:
         """A new folder takes the manifest; an old one must have the same, or it is another run."""
-        held = self.manifest
-        for key, value in manifest.items():
-            value = json.loads(json.dumps(value))
-            if key not in held:
-                self.note(key, value)
-            elif held[key] != value:
-                raise RunError(
-                    f"{self.folder} holds another run: its {key} is {held[key]!r}, not {value!r}; choose another --out"
-                )
+        held, wanted = self.manifest, json.loads(json.dumps(manifest))
+        if not held:
+            self.note(**wanted)
+        for key in wanted if held else ():
+            if held.get(key) != wanted[key]:
+                differs = f"{key} {_short(held.get(key))}, not {_short(wanted[key])}"
+                raise RunError(f"{self.folder} holds another run, with {differs}; choose another --out")
 
     def _shard(self, key: str) -> Path:
         safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in key)
         return self.folder / "shards" / f"{safe}.safetensors"
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there in full or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def _short(value: Any) -> str:
+    """A value in a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 @contextmanager
@@ -177,4 +180,4 @@ def _readable(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"no space is left for {folder}; free some and run the same command again") from None
-        raise RunError(f"{folder} cannot be written: {error.strerror}") from None
+        raise RunError(f"cannot write {folder}: {error.strerror}") from None

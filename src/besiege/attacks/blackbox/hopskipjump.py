@@ -47,7 +47,7 @@ def _probe(
     adv: Tensor, radius: float, count: int, rng: Stream, linf: bool
 ) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Which side (count,) of the boundary random points around ``adv`` lie on, centred, and where (count, d)."""
-    noise = rng.rand(count, adv.numel()).mul_(2).sub_(1) if linf else rng.randn(count, adv.numel())
+    noise = (rng.rand(count, adv.numel()).mul_(2).sub_(1) if linf else rng.randn(count, adv.numel())).to(adv)
     noise.mul_(radius / noise.norm(dim=1, keepdim=True))
     tried = noise.add_(adv.flatten()).clamp_(0, 1)
     side = (yield tried.view(count, *adv.shape)).to(adv.dtype).mul_(2).sub_(1)

@@ -1,4 +1,4 @@
-"""Decoupled direction and norm: the gradient turns the perturbation, success shrinks it, failure grows it."""
+"""Decoupled direction and norm: the gradient turns a perturbation whose norm follows success."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from besiege.core.errors import BadInput
 from besiege.core.method import evasion
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
@@ -29,7 +30,12 @@ def deepfool(
 
     Departs from the paper: after the first step only the classes whose boundaries were nearest then are linearized
     anew, which saves most backward passes (``rivals=9`` is the authors' code); the points are brought into [0, 1].
+
+    Raises:
+        BadInput: ``classes`` below 2 or no ``rivals``.
     """
+    if classes < 2 or rivals < 1:
+        raise BadInput(f"deepfool needs at least 2 classes and 1 rival, not {classes} and {rivals}")
     rows, label, adv = torch.arange(len(x), device=x.device), oracle.goal.labels, x
     others = oracle.scores(x).scatter(1, label[:, None], -INF).topk(min(classes, oracle.classes) - 1).indices
     for _ in range(steps):

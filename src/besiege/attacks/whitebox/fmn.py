@@ -1,4 +1,4 @@
-"""Fast minimum norm: the gradient turns the perturbation in a ball that success shrinks and failure grows."""
+"""Fast minimum norm: the gradient turns a perturbation in a ball whose radius follows success."""
 
 from __future__ import annotations
 

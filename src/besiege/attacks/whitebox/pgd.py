@@ -23,11 +23,12 @@ def pgd(
     loss: Loss = "ce",
 ) -> None:
     """Take ``steps`` steps of ``stride * eps / steps`` down ``loss``, from each of ``restarts`` random starts."""
+    step = stride * float(ball.eps) / steps
     for _ in range(restarts):
         x, rng = oracle.live(x, rng)
         origin, adv = x, ball.sample(x, rng)
         for _ in range(steps):
             _, grad = oracle.gradient(adv, loss)
-            adv = ball.project(adv - stride * ball.eps / steps * ball.steepest(grad), origin)
+            adv = ball.project(adv + step * ball.steepest(-grad, adv, step), origin)
             origin, adv, x, rng = oracle.live(origin, adv, x, rng)
         oracle.is_adversarial(adv)
