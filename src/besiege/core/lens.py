@@ -86,7 +86,6 @@ class Nes(Lens):
         half = self.samples // 2
         of = torch.arange(len(x), device=x.device) if rows is None else rows
         noise = self.rng[of].randn(half, *x.shape[1:]).to(x)
-        self.rng.draws += 1
         noise = torch.cat([noise, -noise], 1)
         tried = (x[:, None] + self.sigma * noise).flatten(0, 1)
         values = self.oracle.loss(tried, loss, of.repeat_interleave(2 * half)).view(len(x), -1)
@@ -107,7 +106,6 @@ class Spsa(Nes):
         half = self.samples // 2
         of = torch.arange(len(x), device=x.device) if rows is None else rows
         noise = self.rng[of].signs(half, *x.shape[1:]).to(x)
-        self.rng.draws += 1
         tried = torch.cat([x[:, None] + self.sigma * noise, x[:, None] - self.sigma * noise], 1).flatten(0, 1)
         values = self.oracle.loss(tried, loss, of.repeat_interleave(2 * half)).view(len(x), 2, half)
         known = values.isfinite().flatten(1).all(1)
@@ -136,8 +134,7 @@ class Eot(Lens):
             leaf = x.detach().requires_grad_()
             with torch.enable_grad():
                 moved = self.transform(leaf, self.rng[of])
-            self.rng.draws += 1
-            value, grad = self.oracle.gradient(moved.detach(), loss, rows)
+                value, grad = self.oracle.gradient(moved.detach(), loss, rows)
             total += value
             slope += grad if moved is leaf else torch.autograd.grad(moved, leaf, grad)[0]
         return total / self.samples, slope / self.samples

@@ -37,11 +37,19 @@ def _mix(z: Tensor) -> Tensor:
 
 
 class Rng(Uniform):
-    """The streams of n images: each draw has shape (n, *shape)."""
+    """The streams of n images: each draw has shape (n, *shape).
+
+    Rows taken from a stream go on counting with it, so whoever draws next, no number is drawn twice.
+    """
 
     def __init__(self, keys: Tensor, draws: int = 0) -> None:
         self.keys = keys
-        self.draws = draws
+        self._count = [draws]
+
+    @property
+    def draws(self) -> int:
+        """How often was drawn so far."""
+        return self._count[0]
 
     @classmethod
     def of(cls, seed: int, images: Tensor, method: str) -> Rng:
@@ -51,7 +59,9 @@ class Rng(Uniform):
         return cls(_mix(images.long() * _signed(_GOLDEN) + base))
 
     def __getitem__(self, rows: Tensor) -> Rng:
-        return Rng(self.keys[rows], self.draws)
+        part = Rng(self.keys[rows])
+        part._count = self._count
+        return part
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -59,7 +69,7 @@ class Rng(Uniform):
     def bits(self, *shape: int) -> Tensor:
         """64 random bits each, int64 (n, *shape)."""
         count = math.prod(shape)
-        self.draws += 1
+        self._count[0] += 1
         start = _mix(self.keys + _signed(self.draws * _GOLDEN))
         counter = torch.arange(1, count + 1, device=self.keys.device) * _signed(_GOLDEN)
         return _mix(start[:, None] + counter).view(len(self.keys), *shape)

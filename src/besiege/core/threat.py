@@ -271,9 +271,10 @@ def _project_l2(adv: Tensor, x: Tensor, eps: Tensor) -> Tensor:
             left = radius.square() - torch.where(full, room, 0).square().sum(1)
             free = torch.where(full, 0, magnitude).square().sum(1)
             wider = torch.where(free > 0, (left.clamp_min(0) / free.clamp_min(1e-30)).sqrt(), scale).clamp_max(1)
-            if bool((wider <= scale * (1 + 1e-6)).all()):
+            rising = wider > scale * (1 + 1e-6)
+            if not bool(rising.any()):
                 break
-            scale = torch.maximum(scale, wider)
+            scale = torch.where(rising, wider, scale)
         fitted = torch.addcmul(origin, d, scale[:, None]).clamp(0, 1)
         over = (fitted - origin).norm(dim=1) / radius
         inside[tight] = torch.where((over > 1)[:, None], origin + (fitted - origin) / over[:, None], fitted)
