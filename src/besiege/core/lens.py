@@ -134,7 +134,7 @@ class Eot(Lens):
             leaf = x.detach().requires_grad_()
             with torch.enable_grad():
                 moved = self.transform(leaf, self.rng[of])
-                value, grad = self.oracle.gradient(moved.detach(), loss, rows)
+            value, grad = self.oracle.gradient(moved.detach(), loss, rows)
             total += value
             slope += grad if moved is leaf else torch.autograd.grad(moved, leaf, grad)[0]
         return total / self.samples, slope / self.samples
