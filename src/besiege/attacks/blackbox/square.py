@@ -36,7 +36,7 @@ def square(
 def _stripes_and_squares(
     oracle: Oracle, x: Tensor, ball: Ball, rng: Rng, loss: Loss, iterations: int, area: float, rescale: bool
 ) -> None:
-    """L∞: vertical stripes of ±eps, then squares of one sign a channel."""
+    """L∞: vertical stripes of ±eps, then squares of one sign a channel, turned where they would change nothing."""
     c, h, w = x.shape[1:]
     best = ball.project(x + ball.eps * rng.signs(c, 1, w).to(x), x)
     value = oracle.loss(best, loss)
@@ -49,6 +49,8 @@ def _stripes_and_squares(
         flat, origin = best.flatten(1), x.flatten(1).gather(1, at)
         signs = (u[:, 2:] < 0.5).to(x).mul_(2).sub_(1).repeat_interleave(side * side, 1)
         old, new = flat.gather(1, at), (origin + ball.eps * signs).clamp_(0, 1)
+        same = (new == old).all(1)
+        new[same] = (origin[same] - ball.eps * signs[same]).clamp_(0, 1)
         flat.scatter_(1, at, new)
         tried = oracle.loss(best, loss)
         better = tried < value

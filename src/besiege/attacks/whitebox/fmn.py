@@ -50,7 +50,7 @@ def fmn(
             more = torch.maximum(eps + 1, eps * (1 + torch.where(found, change, 2 * gamma))).floor()
         else:
             reach = size + gap.abs() / Ball(DUAL[ball.norm], 1.0).size(grad).clamp_min(1e-12)
-            less, more = eps * (1 - change), torch.where(found, eps * (1 + change), reach)
+            less, more = eps * (1 - change), torch.where(found, eps, reach) * (1 + change)
             less = torch.minimum(less, size)
         eps = torch.where(won, torch.minimum(less, nearest), more).minimum(farthest)
         adv = adv - stride * (0.01 + 0.99 * fall) * Ball(2, 1.0).steepest(grad)
