@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from besiege.audit.plan import BUDGETS, SIEGE, customary, paced, passes, plan, threat_text
+from besiege.audit.plan import BUDGETS, FEWEST, SIEGE, Speed, allot, customary, paced, passes, plan, threat_text
 from besiege.core.errors import BadInput
 from besiege.core.method import make, registry
 from besiege.core.threat import INF, Access, Ball
@@ -47,6 +47,34 @@ def test_costs_multiply_loops_and_images() -> None:
     assert passes(make("pgd", steps=7, restarts=3)) == 21
     (cell,) = plan(registry(), Access.WEIGHTS, [Ball(INF, 0.1)], only=["pgd"]).cells
     assert cell.passes(50) == 50 * 40
+
+
+def test_seconds_are_passes_at_the_speed_that_the_access_has() -> None:
+    made = plan(registry(), Access.WEIGHTS, [Ball(INF, 0.1)], only=["pgd", "square", "pgd"])
+    speed = Speed(forward=0.001, both=0.003)
+    assert [cell.seconds(10, speed) for cell in made.cells] == pytest.approx([10 * 40 * 0.003, 10 * 500 * 0.001])
+    assert made.seconds(10, speed) == pytest.approx(1.2 + 5)
+    assert made.cells[0].seconds(10, Speed(0.001, float("nan"))) == pytest.approx(0.4)
+
+
+def test_time_is_shared_and_what_the_cheap_leave_goes_to_the_dear() -> None:
+    assert allot([(100, 0.01), (100, 1.0), (100, 1.0)], 41.0) == [100, 20, 20]
+    assert allot([(100, 1.0), (100, 0.01)], 1000.0) == [100, 100]
+    assert allot([(100, 0.0)], 1.0) == [100] and allot([], 1.0) == []
+
+
+def test_where_few_images_would_say_nothing_the_dearest_gives_way() -> None:
+    assert allot([(50, 1.0), (50, 1.1), (50, 5.0)], 25.0) == [12, 11, 0]
+    assert allot([(3, 1.0), (50, 1.0)], 5.0) == [3, 0]
+    assert allot([(50, 1.0)], FEWEST - 0.1) == [0] and allot([(50, 1.0)], -1.0) == [0]
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0, 20.0, 300.0])
+def test_no_allotment_exceeds_its_time(seconds: float) -> None:
+    costs = [(100, 0.001), (100, 0.02), (50, 0.3), (10, 1.0), (100, 0.05)]
+    given = allot(costs, seconds)
+    assert sum(count * cost for count, (_, cost) in zip(given, costs, strict=True)) <= seconds + 1e-9
+    assert all(count == 0 or count >= 10 for count in given)
 
 
 def test_a_schedule_ends_with_the_queries() -> None:

@@ -13,10 +13,11 @@ import pytest
 from pydantic import ValidationError
 
 from besiege.core.errors import BadInput
-from besiege.results import files, validity
-from besiege.results.audit import Audit, Environment, LeftOut, load, slug, worst_cases
+from besiege.results import files
+from besiege.results.audit import Audit, Environment, LeftOut, curves, load, slug, worst_cases
+from besiege.results.checks import of_records
 from besiege.results.interval import wilson
-from besiege.results.record import Record, Rows, Threat, ball_text
+from besiege.results.record import Record, Rows, Threat, ball_text, joined
 
 
 def record(
@@ -206,24 +207,50 @@ def test_a_run_is_named_by_harmless_characters() -> None:
     assert slug("//", "") == "run"
 
 
-def test_validity_warns_of_masked_gradients() -> None:
-    masked = audit(record("fgsm", fell=(0, 1)), record(fell=(0,)), record("square", fell=(2,), family="blackbox"))
-    warned = {note.title for note in validity.notes(masked) if note.level == "warn"}
-    assert {"One step beats many", "Queries beat gradients"} <= warned
-    honest = audit(record("fgsm", fell=(0,)), record(fell=(0, 1)), record("square", fell=(1,), family="blackbox"))
-    warned = {note.title for note in validity.notes(honest) if note.level == "warn"}
-    assert warned == {"Few images"}
+def test_checks_warn_of_noise_rounding_and_refused_claims() -> None:
+    odd = record(fell=(0, 1), noise_success_rate=0.5, success_rate_8bit=0.1, verified=False)
+    fine = record(fell=(0, 1), noise_success_rate=0.1)
+    for cell, passed in ((odd, False), (fine, True)):
+        checks = of_records([fine, cell], (0.8, 0.9 if passed else 1.0))
+        assert [check.passed for check in checks] == [passed] * 4
+        assert all(bool(check.advice) != check.passed for check in checks)
+    assert "pgd (linf:8/255) from 50% to 10%" in of_records([odd], (0.9, 1.0))[-1].evidence
+    assert [check.name for check in of_records([], (0.9, 1.0))] == ["enough images"]
 
 
-def test_validity_warns_of_noise_rounding_and_refused_claims() -> None:
-    odd = audit(record(fell=(0, 1), noise_success_rate=0.5, success_rate_8bit=0.1, verified=False))
-    warned = {note.title for note in validity.notes(odd) if note.level == "warn"}
-    assert {"Noise alone succeeds", "Lost in rounding", "Claims not confirmed"} <= warned
+def test_shards_join_to_the_record_of_them_all() -> None:
+    passes = {"forward_per_image": 160 / 3, "backward_per_image": 160 / 3}
+    both = record(fell=(1, 2), wrong=3, noise_success_rate=1 / 3, **passes)
+    parts = [
+        record(fell=(2,), index=(2, 3), wrong=3, noise_success_rate=1.0, seconds=0.5),
+        record(fell=(1,), index=(0, 1), noise_success_rate=0.0, seconds=1.0, cpu_seconds=0.0),
+    ]
+    assert joined(parts) == both
+    assert joined([parts[0], parts[1].model_copy(update={"verified": False})]).verified is False
+
+
+def test_a_curve_falls_where_the_nearest_examples_lie() -> None:
+    rows = record(fell=(0, 1, 2), wrong=3).images.model_copy(update={"distance": [0.005, 8 / 255, 0.1, None]})
+    (curve,) = curves([record("fmn", fell=(0, 1, 2), wrong=3, seeks="minimum", images=rows)])
+    left = dict(zip(curve.eps, curve.accuracy, strict=True))
+    assert left[0.0] == 0.75 and left[8 / 255] == 0.25 and left[curve.eps[14]] == 0.5
+    assert curve.accuracy == sorted(curve.accuracy, reverse=True) and (curve.accuracy[-2:]) == [0.25, 0.0]
+    assert (curve.low[0], curve.high[0]) == wilson(3, 4) and curve.eps[-2] < 0.1 <= curve.eps[-1]
+
+
+def test_the_worst_curve_takes_the_nearest_of_all_attacks() -> None:
+    far = record().images.model_copy(update={"distance": [0.03, 0.03, None, None]})
+    near = record().images.model_copy(update={"distance": [0.01, None, 0.01, None]})
+    found = curves([record("fmn", seeks="minimum", images=far), record("pgd", images=near)])
+    assert [curve.attack for curve in found] == ["fmn", "worst case"]
+    at = [curve.accuracy[curve.eps.index(8 / 255)] for curve in found]
+    assert at == [0.5, 0.25]
+    assert curves([record()]) == []
 
 
 def test_results_and_report_load_no_torch() -> None:
     code = (
-        "import sys; import besiege.results.audit, besiege.results.validity, besiege.report.html, "
-        "besiege.report.pictures; sys.exit('torch' in sys.modules)"
+        "import sys; import besiege.results.compare, besiege.report.markdown, besiege.report.junit, "
+        "besiege.report.html, besiege.report.pictures; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,5 +1,6 @@
 """A run folder survives being cut off, refuses what it is not, and loses nothing."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_results import record
 
 from besiege.results.store import COLUMNS, RunError, Store
 
@@ -69,6 +71,23 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
     with Store(tmp_path / "run") as store:
         store.commit("large", *cell(n=20_000))
         assert store.keys() == ["small", "large"]
+
+
+def test_a_large_run_opens_in_under_a_second(tmp_path: Path) -> None:
+    one = record(index=tuple(range(100)), fell=tuple(range(40)))
+    facts = {"record": one.model_dump(mode="json", exclude={"images"}), "pictures": [], "wall": 1.0}
+    rows = one.images.model_dump()
+    del rows["index"]
+    with Store(tmp_path / "run", {**MANIFEST, "label": [0] * 10_000, "clean_label": [0] * 10_000}) as store:
+        store._db.execute("PRAGMA synchronous = OFF")
+        for attack, shard in itertools.product(range(10), range(100)):
+            image = range(100 * shard, 100 * shard + 100)
+            store.commit(f"attack-{attack} linf:8/255|{image.start}-{image.stop}", facts, image, rows, {})
+    began = time.process_time()
+    with Store(tmp_path / "run", MANIFEST) as store:
+        assert len(store.keys()) == 1000 and len(store.manifest["label"]) == 10_000
+        assert store.record("attack-9 linf:8/255|9900-10000") == facts
+    assert time.process_time() - began < 1
 
 
 def _fill(folder: Path) -> None:

@@ -126,18 +126,20 @@ class Plan:
 def allot(pending: Sequence[tuple[int, float]], seconds: float) -> list[int]:
     """How many images each cell gets of the time that is left, from how many it still has and what one costs.
 
-    Cells share the time alike; what a cheap one does not need goes to the dear ones. One that could not do
-    `FEWEST` gets none, and the others its share.
+    Cells share the time alike; what a cheap one does not need goes to the dear ones. While one would not come to
+    `FEWEST` images, the dearest gets none, and the others its share.
     """
-    given = [0] * len(pending)
-    waiting = sorted(range(len(pending)), key=lambda k: pending[k][0] * pending[k][1])
-    for place, k in enumerate(waiting):
-        left, cost = pending[k]
-        can = left if cost <= 0 else min(left, int(max(seconds, 0.0) / (len(waiting) - place) / cost))
-        if can >= min(FEWEST, left):
-            given[k] = can
-            seconds -= can * cost
-    return given
+    chosen = sorted(range(len(pending)), key=lambda k: pending[k][0] * pending[k][1])
+    while chosen:
+        given, left = [0] * len(pending), max(seconds, 0.0)
+        for place, k in enumerate(chosen):
+            count, cost = pending[k]
+            given[k] = count if cost <= 0 else min(count, int(left / (len(chosen) - place) / cost))
+            left -= given[k] * cost
+        if all(given[k] >= min(FEWEST, pending[k][0]) for k in chosen):
+            return given
+        chosen.remove(max(chosen, key=lambda k: min(FEWEST, pending[k][0]) * pending[k][1]))
+    return [0] * len(pending)
 
 
 def plan(

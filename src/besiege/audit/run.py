@@ -19,7 +19,7 @@ from besiege import __version__
 from besiege.attacks.whitebox.pgd import pgd
 from besiege.audit.checks import blackbox_is_weaker, check_target, larger_eps_is_stronger
 from besiege.audit.pictures import take
-from besiege.audit.plan import Cell, Plan, Speed, allot, customary, threat_text
+from besiege.audit.plan import FEWEST, Cell, Plan, Speed, allot, customary, threat_text
 from besiege.core.errors import BesiegeError
 from besiege.core.images import Images
 from besiege.core.target import Execution, Target
@@ -41,6 +41,8 @@ CHECKED = 20
 """The target is checked on this many images that it gets right."""
 CHECKS = 400
 """About so many passes an image take the checks."""
+NO_TIME = "no time was left for "
+"""How the reason begins why the clock left a cell out."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def audit(
     began = time.monotonic()
     deadline = INF if seconds is None else began + seconds
     if seconds is not None and speed is None:
-        speed = measured(target, images)
+        speed = measured(target, images, seconds)
     session = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -148,7 +150,7 @@ def audit(
         complete=False,
     )
     run = _Run(target, images, plan, store, seed, execution, clean, scores.softmax(1).amax(1), deadline, speed, tell)
-    why = "no time was left for {} of {} images"
+    why = NO_TIME + "{} of {} images"
     try:
         run.check()
         run.cells()
@@ -186,7 +188,7 @@ class _Run:
     tell: Callable[[Event], None]
 
     def __post_init__(self) -> None:
-        self.order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(self.seed))
+        self.order = drawn(len(self.images), self.seed)
         self.starts = self.images.sample(STARTS, self.seed).x
         self.failed: dict[str, str] = {}
         self.done = {str(cell): 0 for cell in self.plan.cells}
@@ -215,7 +217,10 @@ class _Run:
             self.store.note(checks=[asdict(check) for check in checks], opening=spent)
 
     def cells(self) -> None:
-        """Send shard after shard, always of the cell that has met the fewest images, while there is time."""
+        """Send shard after shard, always of the cell that has met the fewest images, while there is time.
+
+        Where time is short the first shard of a cell is a small one, to see what it takes.
+        """
         over: set[str] = set()
         while True:
             waiting = [cell for cell in self.plan.cells if str(cell) not in over and self._lacks(cell)]
@@ -226,7 +231,8 @@ class _Run:
                 ((cell, lot) for cell, lot in zip(waiting, lots, strict=True) if lot),
                 key=lambda pair: self.done[str(pair[0])],
             )
-            if not self._shard(cell, min(lot, SHARD), self.left / len(waiting)):
+            size = FEWEST if self.deadline < INF and not self.done[str(cell)] else SHARD
+            if not self._shard(cell, min(lot, size), self.left / len(waiting)):
                 over.add(str(cell))
 
     def _lacks(self, cell: Cell) -> int:
@@ -337,9 +343,19 @@ def crossed(records: Sequence[Record]) -> list[Check]:
     return checks
 
 
-def measured(target: Target, images: Images) -> Speed:
-    """How fast the target is, by a probe of about two seconds."""
-    found = throughput(target, images)
+def drawn(n: int, seed: int) -> Tensor:
+    """The numbers of n images in the order in which every attack meets them."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(n: int, limit: int | None, seed: int) -> Tensor:
+    """The numbers of the first ``limit`` drawn of n images (None: all), sorted."""
+    return drawn(n, seed)[:limit].sort().values
+
+
+def measured(target: Target, images: Images, seconds: float | None = None) -> Speed:
+    """How fast the target is, by a probe of about two seconds, or a twentieth of ``seconds`` where that is less."""
+    found = throughput(target, images, 2.0 if seconds is None else min(2.0, seconds / 20))
     return Speed(found.forward / 1000, found.both / 1000)
 
 

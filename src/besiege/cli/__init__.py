@@ -14,6 +14,7 @@ from besiege.cli.attack import attack
 from besiege.cli.audit import audit
 from besiege.cli.bench import bench
 from besiege.cli.check import check
+from besiege.cli.compare import compare
 from besiege.cli.listing import listing
 from besiege.cli.report import report
 from besiege.cli.show import show
@@ -26,6 +27,7 @@ app.command()(check)
 app.command()(audit)
 app.command()(attack)
 app.command()(report)
+app.command()(compare)
 app.command("list")(listing)
 app.command()(show)
 app.command()(bench)

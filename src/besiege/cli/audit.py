@@ -7,6 +7,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from besiege.results.store import Store
 
 BELOW, CUT, INTERRUPTED = 1, 3, 130
+SPARE = 0.02
+"""The share of --time that starting and the report may take."""
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -76,6 +79,7 @@ def audit(
     The run folder (by default runs/TARGET-DATA-BUDGET) gets run.sqlite, the adversarial images, audit.json and
     report.html. The same command again goes on where it stopped.
     """
+    began = monotonic()
     from besiege.audit import plan as p
     from besiege.audit import run as r
     from besiege.core.method import method, registry
@@ -105,18 +109,18 @@ def audit(
     plan = p.plan(registry(), victim.access, threats or p.customary(victim.shape), budget.value, only)
     _sent(gates, plan)
     if dry_run:
-        _dry(plan, r.measured(victim, images), len(images), seconds, json or format is Format.json)
+        _dry(plan, r.measured(victim, images, seconds), len(images), seconds, json or format is Format.json)
         return 0
     folder = resume or out or Path("runs") / slug(victim.name, images.name, budget.value)
     with Store(folder, r.manifest(victim, images, plan, budget=budget.value, seed=request["seed"])) as store:
         store.note(request=request)
-        found = _run(victim, images, plan, store, request["seed"], seconds)
-    if not found.records and found.complete:
-        raise BadInput(f"no attack could be run: {found.left_out[-1].why}")
-    found = found.model_copy(update={"gates": _gates(gates, found)})
-    found.save(folder)
-    path = folder / "report.html"
-    files.write(path, page(found, folder))
+        found = _run(victim, images, plan, store, request["seed"], seconds, began)
+        if not found.records and found.complete:
+            raise BadInput(f"no attack could be run: {found.left_out[-1].why}")
+        found = found.model_copy(update={"gates": _gates(gates, found)})
+        found.save(folder)
+        path = folder / "report.html"
+        files.write(path, page(found, folder))
     _show(found, path, Format.json if json else format)
     return _verdict(found)
 
@@ -162,15 +166,18 @@ def _requested(context: typer.Context, run: Path) -> dict[str, Any]:
     return request
 
 
-def _run(target: Target, images: Images, plan: Plan, store: Store, seed: int, seconds: float | None) -> Audit:
-    """The audit, with its plan, its progress and each shard's figures on stderr."""
+def _run(
+    target: Target, images: Images, plan: Plan, store: Store, seed: int, seconds: float | None, began: float
+) -> Audit:
+    """The audit, with its plan, its progress and each shard's figures on stderr; its time has run since ``began``."""
     from rich.console import Console
 
     from besiege.audit import run as r
     from besiege.cli import terminal
 
     warnings, n = o.warned(target, images), len(images)
-    speed = r.measured(target, images)
+    speed = r.measured(target, images, seconds)
+    seconds = None if seconds is None else (1 - SPARE) * seconds - (monotonic() - began)
     Console(stderr=True).print(_table(plan, speed, n, seconds))
     with terminal.progress() as bar:
         task = bar.add_task("", total=sum(cell.passes(n) for cell in plan.cells))
@@ -301,14 +308,17 @@ def _show(found: Audit, path: Path, format: Format) -> None:
 
 def _verdict(found: Audit) -> int:
     """The exit code, and on stderr the sentence that explains it."""
+    from besiege.audit import run as r
+
     for gate in found.gates:
         if not gate.passed:
             typer.echo(f"failed: {gate}", err=True)
     if not found.complete:
-        missing = [f"{left.attack} {left.threat}: {left.why}" for left in found.left_out]
-        if any(left.why.startswith("the run was interrupted") for left in found.left_out):
+        missing = [left for left in found.left_out if left.why.startswith(r.NO_TIME)]
+        if not missing:
             return INTERRUPTED
-        typer.echo(f"cut short by --time; the same command goes on ({'; '.join(missing)})", err=True)
+        cells = (f"{left.why.removeprefix(r.NO_TIME)} of {left.attack} {left.threat}" for left in missing)
+        typer.echo(f"cut short by --time, the same command goes on; {r.NO_TIME}{', '.join(cells)}", err=True)
         return CUT
     return 0 if all(gate.passed for gate in found.gates) else BELOW
 

@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from besiege.report import atlas
 from besiege.report.pictures import data_uri
-from besiege.results import validity
 from besiege.results.audit import Audit
 from besiege.results.record import Record
 
@@ -38,7 +37,6 @@ def page(audit: Audit, folder: Path) -> str:
         audit=audit,
         groups=groups,
         shown=shown,
-        notes=validity.notes(audit),
         beyond=BEYOND,
         small=max(audit.shape[1:]) < 100,
         passes=sum(_passes(record, "forward") + _passes(record, "backward") for record in audit.records),

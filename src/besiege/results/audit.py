@@ -181,10 +181,10 @@ def derived(store: Store) -> Audit:
     known = store.manifest
     if "opening" not in known:
         raise BadInput(f"{store.folder} was cut off before its first figure; run the same command again")
+    shards = _counted(store)
     cells = {key: store.record(key) or {} for key in store.keys()}
-    records = [joined(parts) for parts in _parts(store, cells).values()]
-    order = {name: place for place, name in enumerate(known["cells"])}
-    records.sort(key=lambda record: order[cell_name(record.attack, str(record.threat))])
+    parts = ([shards[key] for key in shards if shard_span(key)[0] == name] for name in known["cells"])
+    records = [joined(part) for part in parts if part]
     right = sum(label == clean for label, clean in zip(known["label"], known["clean_label"], strict=True))
     clean = wilson(right, known["n"])
     return Audit(
@@ -199,7 +199,7 @@ def derived(store: Store) -> Audit:
         curves=curves(records),
         checks=[Check(**check) for check in known.get("checks", []) + known["crossed"]] + of_records(records, clean),
         notes=known["notes"] + _moves(known["sessions"]),
-        pictures=[Picture(**picture) for cell in cells.values() for picture in cell["pictures"]],
+        pictures=[Picture(**picture) for key in cells if key in shards for picture in cells[key]["pictures"]],
     )
 
 
@@ -230,17 +230,17 @@ def _moves(sessions: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _parts(store: Store, cells: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Record]]:
-    """The shards of each cell. One that the clock cut counts only where no other speaks of its images."""
+def _counted(store: Store) -> dict[str, Record]:
+    """The shards by key. One that the clock cut counts only where no other speaks of its images."""
     met: dict[str, set[int]] = {}
-    found: dict[str, list[Record]] = {}
-    for key in sorted(cells, key=lambda key: shard_span(key)[3]):
-        name = shard_span(key)[0]
+    found: dict[str, Record] = {}
+    for key in sorted(store.keys(), key=lambda key: shard_span(key)[3]):
         rows = store.outcome(key)
         index = rows.pop("image")
-        if met.setdefault(name, set()).isdisjoint(index):
-            met[name].update(index)
-            found.setdefault(name, []).append(Record(**cells[key]["record"], images=Rows(index=index, **rows)))
+        seen = met.setdefault(shard_span(key)[0], set())
+        if seen.isdisjoint(index):
+            seen.update(index)
+            found[key] = Record(**(store.record(key) or {})["record"], images=Rows(index=index, **rows))
     return found
 
 
