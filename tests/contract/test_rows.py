@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toys import CARDS, EPS, Watch, cases, curved, differences, fire, names_in, pairs
@@ -39,6 +41,14 @@ def test_order_batch_size_and_shards_do_not_matter(name, norm, monkeypatch):
     assert differences(fire(name, norm, toy, toy.images[order]), whole, order.tolist()) == []
     monkeypatch.setattr(evasion, "SHARD_PIXELS", 1)
     assert differences(fire(name, norm, toy, batch=2), whole) == []
+
+
+@pytest.mark.parametrize(("name", "norm"), cases())
+def test_how_the_images_lie_in_memory_does_not_matter(name, norm):
+    toy = curved(n=5)
+    turned = replace(toy.images, x=toy.images.x.transpose(2, 3).contiguous().transpose(2, 3))
+    assert not turned.x.is_contiguous()
+    assert differences(fire(name, norm, toy, turned), fire(name, norm, toy)) == []
 
 
 @pytest.mark.parametrize(("name", "norm"), cases())

@@ -49,7 +49,7 @@ class Images:
             )
         if y.is_floating_point() or y.is_complex() or int(y.min()) < 0:
             raise BadInput(f"{name}: labels must be whole numbers from 0")
-        return cls(x.clamp(0, 1), y.long(), torch.arange(len(x)), name, names)
+        return cls(x.clamp(0, 1).contiguous(), y.long(), torch.arange(len(x)), name, names)
 
     def __len__(self) -> int:
         return len(self.x)

@@ -40,6 +40,7 @@ class Meter:
         deadline: float | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> None:
+        x = x.contiguous()  # methods flatten images into views
         n, device = len(x), x.device
         self.target, self.x, self.ball, self.seeks = target, x, ball, seeks
         self.access = target.access if access is None else min(access, target.access)
@@ -101,7 +102,7 @@ class Meter:
                 (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
             self._note(part, ids, answer, backward=1)
             values.append(value.detach())
-            grads.append(torch.zeros_like(part) if grad is None else torch.nan_to_num(grad.to(part)))
+            grads.append(torch.zeros_like(part) if grad is None else torch.nan_to_num(grad.to(part)).contiguous())
         if not values:
             return x.new_full((len(x),), INF), torch.zeros_like(x)
         return _spread(values, pick, len(x), INF), _spread(grads, pick, len(x), 0)
