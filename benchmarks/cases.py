@@ -76,7 +76,7 @@ CASES = (
     Case("cw-l2", "A", "l2:inf", peers={"steps": 1000, "searches": 6}, laps=1, images=50),
     Case("fmn", "A", "l2:inf", {"steps": 100}),
     Case("ddn", "A", "l2:inf", {"steps": 100}),
-    Case("square", "R", "linf:0.15", queries=1000),
+    Case("square", "R", "linf:0.15", queries=1000, images=50),
     # 16 rounds are what 5,000 queries pay for: the t-th spends 100 sqrt(t) on its gradient and about 30 on the rest.
     Case("hopskipjump", "A", "l2:inf", peers={"rounds": 16}, queries=5000, seeds=(0, 1, 2), images=50),
     Case("autoattack", "R", "linf:0.1", laps=1),

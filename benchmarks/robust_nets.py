@@ -48,7 +48,10 @@ def compare(name: str, n: int) -> str:
         only_ours += int((stands & ~stands_theirs).sum())
         only_theirs += int((~stands & stands_theirs).sum())
         done = start + len(part)
-        print(f"{name}: of {done} images {ours} stand, {theirs} for the reference; {spent:.0f} s, {spent_theirs:.0f} s")
+        print(
+            f"{name}: of {done} images {ours} stand, {theirs} for the reference; {spent:.0f} s, {spent_theirs:.0f} s",
+            flush=True,
+        )
     return (
         f"| {name} | {n} | {ours / n:.3f} | {theirs / n:.3f} | {only_ours} | {only_theirs} "
         f"| {1000 * spent / n:.0f} | {1000 * spent_theirs / n:.0f} | {spent / spent_theirs:.2f} |"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +17,17 @@ from besiege.core.target import Target
 from besiege.core.threat import INF, Access, Answer, Ball, Goal, Loss
 
 Seeks = Literal["success", "minimum", "optimum"]
+
+
+@dataclass
+class _Tally:
+    """Shared by a meter and its views, which so know without looking that nothing new is done or spent.
+
+    ``changes`` is how often images became done; no image has had more than ``most`` forward passes.
+    """
+
+    changes: int = 0
+    most: int = 0
 
 
 class Meter:
@@ -45,10 +57,9 @@ class Meter:
         self.target, self.x, self.ball, self.seeks = target, x, ball, seeks
         self.access = target.access if access is None else min(access, target.access)
         self.queries, self.deadline, self.progress = queries, deadline, progress
+        self.cap = INF if queries is None else queries
         self.outer = goal
         self.aim = goal
-        self.rows = torch.arange(n, device=device)
-        self.whole = True
         self.done = torch.zeros(n, dtype=torch.bool, device=device)
         self.found = torch.zeros(n, dtype=torch.bool, device=device)
         self.best = x.clone()
@@ -56,8 +67,14 @@ class Meter:
         self.forward = torch.zeros(n, dtype=torch.int64, device=device)
         self.backward = torch.zeros(n, dtype=torch.int64, device=device)
         self.needed = torch.full((n,), -1, dtype=torch.int64, device=device)
-        self.left = [n]
         self.sent: list[tuple[int, int]] = []
+        self.tally = _Tally()
+        self.all_rows()
+
+    def all_rows(self) -> None:
+        """Stand for every image again, whatever a method has dropped."""
+        self.rows, self.whole = torch.arange(len(self.x), device=self.x.device), True
+        self.asked: tuple[int, Tensor | None, Tensor] | None = None
 
     @property
     def goal(self) -> Goal:
@@ -72,22 +89,22 @@ class Meter:
     def is_adversarial(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """See `Oracle.is_adversarial`."""
         self._allow(Access.LABELS)
-        return self._evaluate(x, rows, lambda answer, images: self.outer[images].reached(answer), True)
+        return self._evaluate(x, rows, lambda answer, images: (hit := self._hit(answer, images), hit), True)
 
     def labels(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """See `Oracle.labels`."""
         self._allow(Access.LABELS)
-        return self._evaluate(x, rows, lambda answer, images: answer.scores.argmax(1), 0)
+        return self._evaluate(x, rows, lambda answer, images: (answer.scores.argmax(1), self._hit(answer, images)), 0)
 
     def loss(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> Tensor:
         """See `Oracle.loss`."""
         self._allow(Access.SCORES)
-        return self._evaluate(x, rows, lambda answer, images: self.aim[images].loss(answer, loss), INF)
+        return self._evaluate(x, rows, lambda answer, images: self._loss(answer, images, loss), INF)
 
     def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """See `Oracle.scores`."""
         self._allow(Access.SCORES)
-        return self._evaluate(x, rows, lambda answer, images: answer.scores, 0)
+        return self._evaluate(x, rows, lambda answer, images: (answer.scores, self._hit(answer, images)), 0)
 
     def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Oracle.gradient`."""
@@ -98,9 +115,9 @@ class Meter:
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 answer = self.target.answer(leaf)
-                value = self.aim[ids].loss(answer, loss)
+                value, hit = self._loss(answer, ids, loss)
                 (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-            self._note(part, ids, answer, backward=1)
+            self._note(part, ids, hit, backward=1, once=rows is None)
             values.append(value.detach())
             grads.append(torch.zeros_like(part) if grad is None else torch.nan_to_num(grad.to(part)).contiguous())
         if not values:
@@ -123,7 +140,8 @@ class Meter:
                     torch.autograd.grad(chosen[k], leaf, retain_graph=k + 1 < len(chosen))[0]
                     for k in range(len(chosen))
                 ]
-            self._note(part, ids, answer, backward=columns.shape[1])
+            hit = self._hit(answer, ids)
+            self._note(part, ids, hit, backward=columns.shape[1], once=rows is None)
             values.append(answer.scores.detach())
             grads.append(torch.nan_to_num(torch.stack(rows_of, 1).to(part)))
         if not values:
@@ -147,13 +165,14 @@ class Meter:
         if gone * 4 < len(done):
             return state
         keep = (~done).nonzero().squeeze(1)
-        self.rows, self.whole = self.rows[keep], False
+        self.rows, self.whole, self.asked = self.rows[keep], False, None
         rows: list[Any] = list(state)
         return cast(tuple[*State], tuple(part[keep] for part in rows))
 
     def retire(self, images: Tensor) -> None:
         """Ask no more about ``images``: their search has ended by itself."""
         self.done[images] = True
+        self.tally.changes += 1
 
     def _allow(self, need: Access) -> None:
         if need > self.access:
@@ -164,22 +183,30 @@ class Meter:
     def _enter(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor | None, Tensor]:
         """Which rows of ``x`` to compute (None: all) and the images that they stand for."""
         if self.deadline is not None and time.monotonic() > self.deadline:
-            self.done[:] = True
+            self.retire(self.rows)
+        tight = self._tight(1 if rows is None else len(x))
+        if rows is None and not tight and self.asked is not None and self.asked[0] == self.tally.changes:
+            return self.asked[1:]
         images = self.rows if rows is None else self.rows[rows]
         open_ = ~self.done[images]
-        if self.queries is not None:
-            if rows is None:
-                open_ &= self.forward[images] < self.queries
-            else:
-                open_ &= self.forward[images] + _place(images) < self.queries
-        if not bool(open_.any()):
-            if self._all_spent():
-                raise Finished
-            return open_.nonzero().squeeze(1), images[:0]
-        if bool(open_.all()):
-            return None, images
-        pick = open_.nonzero().squeeze(1)
-        return pick, images[pick]
+        if tight and rows is None:
+            open_ &= self.forward[images] < self.cap
+        elif tight:
+            open_ &= self.forward[images] + _place(images) < self.cap
+        at = open_.nonzero().squeeze(1)
+        if not len(at) and self._all_spent():
+            raise Finished
+        chosen = (None, images) if len(at) == len(images) else (at, images[at])
+        if rows is None and not tight:
+            self.asked = (self.tally.changes, *chosen)
+        return chosen
+
+    def _tight(self, more: int) -> bool:
+        """Whether some image may be short of ``more`` queries."""
+        if self.tally.most + more <= self.cap:
+            return False
+        self.tally.most = int(self.forward.max())
+        return self.tally.most + more > self.cap
 
     def _all_spent(self) -> bool:
         spent = self.done if self.queries is None else self.done | (self.forward >= self.queries)
@@ -192,59 +219,71 @@ class Meter:
         return list(zip(torch.split(x, size), torch.split(images, size), strict=True))
 
     def _evaluate(
-        self, x: Tensor, rows: Tensor | None, read: Callable[[Answer, Tensor], Tensor], fill: float
+        self, x: Tensor, rows: Tensor | None, read: Callable[[Answer, Tensor], tuple[Tensor, Tensor]], fill: float
     ) -> Tensor:
+        """What is read of the answers, beside which it is told where the goal stands reached."""
         pick, images = self._enter(x, rows)
         values = []
         with torch.no_grad():
             for part, ids in self._batches(x if pick is None else x[pick], images):
-                answer = self.target.answer(part)
-                values.append(read(answer, ids))
-                self._note(part, ids, answer, backward=0)
+                value, hit = read(self.target.answer(part), ids)
+                values.append(value)
+                self._note(part, ids, hit, backward=0, once=rows is None)
             if not values:
-                values.append(read(Answer(x.new_zeros((0, self.target.classes))), images))
+                values.append(read(Answer(x.new_zeros((0, self.target.classes))), images)[0])
         return _spread(values, pick, len(x), fill)
 
-    def _note(self, x: Tensor, images: Tensor, answer: Answer, backward: int) -> None:
-        """Count a call, keep what it found, stop what is done."""
+    def _hit(self, answer: Answer, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.outer[images].reached(answer)
+
+    def _loss(self, answer: Answer, images: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The loss, and where the goal stands reached: below a margin of zero."""
+        value = self.aim[images].loss(answer, loss)
+        same = loss == "margin" and self.aim is self.outer
+        return value, value.detach() < 0 if same else self._hit(answer, images)
+
+    def _note(self, x: Tensor, images: Tensor, hit: Tensor, backward: int, once: bool) -> None:
+        """Count a call, keep what it found, stop what is done; ``once``: no image stands there twice."""
         self.sent.append((len(x), backward))
         one = torch.ones_like(images)
         self.forward.index_add_(0, images, one)
         if backward:
-            self.backward.index_add_(0, images, one * backward)
-        with torch.no_grad():
-            hit = self.outer[images].reached(answer)
-            if bool(hit.any()):
-                self._keep(x, images, hit)
-        if self.queries is not None and self.seeks != "optimum":
-            self.done |= self.forward >= self.queries
+            self.backward.index_add_(0, images, one, alpha=backward)
+        self.tally.most += 1 if once else len(x)
+        at = hit.nonzero().squeeze(1)
+        if len(at):
+            self._keep(x.detach()[at].to(self.x.dtype), images[at], once)
+        if self.seeks != "optimum" and self._tight(1):
+            self.retire((self.forward >= self.cap).nonzero().squeeze(1))
         if self.progress is not None:
             self.progress(len(x))
 
-    def _keep(self, x: Tensor, images: Tensor, hit: Tensor) -> None:
-        at = hit.nonzero().squeeze(1)
-        tried, of = x[at].detach().to(self.x.dtype), images[at]
-        origin = self.x[of]
-        distance = self.ball.distance(tried, origin)
-        if self.seeks == "minimum":
-            low, high = tried.flatten(1).aminmax(dim=1)
-            fits = (low >= 0) & (high <= 1) & (distance < self.distance[of])
-        else:
-            fits = self.ball.holds(tried, origin) & (distance < self.distance[of])
-        if not bool(fits.any()):
-            return
+    def _keep(self, tried: Tensor, of: Tensor, once: bool) -> None:
+        """Keep the nearest of the successes ``tried``, which stand for the images ``of``."""
+        distance = self.ball.distance(tried, self.x[of])
+        fits = distance < self.distance[of]
+        if self.seeks != "minimum":
+            fits &= distance <= self.ball.reach
         at = fits.nonzero().squeeze(1)
         tried, of, distance = tried[at], of[at], distance[at]
-        nearest = torch.full_like(self.distance, INF).scatter_reduce(0, of, distance, "amin")
-        first = (distance == nearest[of]).nonzero().squeeze(1)
-        of = of[first].flip(0)
-        self.best[of] = tried[first].flip(0)
-        self.distance[of] = distance[first].flip(0)
+        boxed = tried.clamp(0, 1)
+        if not torch.equal(boxed, tried):
+            at = (boxed == tried).flatten(1).all(1).nonzero().squeeze(1)
+            tried, of, distance = tried[at], of[at], distance[at]
+        if not len(of):
+            return
+        if not once:
+            nearest = torch.full_like(self.distance, INF).scatter_reduce(0, of, distance, "amin")
+            first = (distance == nearest[of]).nonzero().squeeze(1).flip(0)
+            tried, of, distance = tried[first], of[first], distance[first]
+        self.best[of] = tried
+        self.distance[of] = distance
         fresh = of[~self.found[of]]
         self.needed[fresh] = self.forward[fresh]
         self.found[of] = True
         if self.seeks == "success":
-            self.done[of] = True
+            self.retire(of)
 
 
 def _place(images: Tensor) -> Tensor:

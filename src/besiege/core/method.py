@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -87,7 +88,7 @@ class Attack:
 
     def bound(self) -> Callable[..., Any]:
         """The function with its options filled in."""
-        return lambda *args: self.method.function(*args, **self.arguments)
+        return functools.partial(self.method.function, **self.arguments)
 
 
 _REGISTRY: dict[str, Method[Any]] = {}
@@ -121,13 +122,26 @@ def evasion(
     norms: tuple[float, ...],
     access: Access = Access.GRADIENTS,
     seeks: Seeks = "success",
+    start: bool = False,
     targeted: bool = True,
 ) -> Callable[[Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Tensor | None]], Method[P]]:
-    """Declare a method that works on a whole batch through an oracle; what it returns is its last try."""
+    """Declare a method that works on a whole batch through an oracle; what it returns is its last try.
+
+    With ``start`` the engine finds adversarial images first and hands them over as ``start`` (n, c, h, w; keyword);
+    where it finds none, that is the image itself.
+    """
 
     def declare(function: Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Tensor | None]) -> Method[P]:
         return _declare(
-            "evasion", title, function, paper=paper, norms=norms, access=access, seeks=seeks, targeted=targeted
+            "evasion",
+            title,
+            function,
+            paper=paper,
+            norms=norms,
+            access=access,
+            seeks=seeks,
+            start=start,
+            targeted=targeted,
         )
 
     return declare

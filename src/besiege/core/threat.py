@@ -49,7 +49,7 @@ class Goal:
     confidence: float = 0.0
 
     def __getitem__(self, rows: Tensor) -> Goal:
-        return replace(self, labels=self.labels[rows])
+        return Goal(self.labels[rows], self.targeted, self.confidence)
 
     def toward(self, classes: Tensor) -> Goal:
         """The same goal, aimed at reaching ``classes`` (n,)."""
@@ -58,7 +58,9 @@ class Goal:
     def margin(self, answer: Answer) -> Tensor:
         """How far success is, in logits: below zero once the goal is reached with its confidence."""
         own, other = _own_and_best_other(answer.scores, self.labels)
-        gap: Tensor = (other - own if self.targeted else own - other) + self.confidence
+        gap = other - own if self.targeted else own - other
+        if self.confidence:
+            gap = gap + self.confidence
         return gap if answer.excess is None else torch.maximum(gap, answer.excess)
 
     def reached(self, answer: Answer) -> Tensor:
@@ -175,11 +177,15 @@ class Ball:
             return flat.abs().sum(1)
         return flat.norm(dim=1) if self.norm == 2 else flat.abs().amax(1)
 
+    @property
+    def reach(self) -> float | Tensor:
+        """The radius, and what rounding may add to it."""
+        return self.eps * (1 + 1e-6) + 1e-7
+
     def holds(self, adv: Tensor, x: Tensor) -> Tensor:
         """Which of ``adv`` (n,) lie in the ball and in [0, 1], up to rounding."""
-        eps = self.eps * (1 + 1e-6) + 1e-7
         low, high = adv.flatten(1).aminmax(dim=1)
-        return (self.distance(adv, x) <= eps) & (low >= 0) & (high <= 1)
+        return (self.distance(adv, x) <= self.reach) & (low >= 0) & (high <= 1)
 
     def project(self, adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the ball and [0, 1] to ``adv``, exactly, in every norm."""
@@ -263,21 +269,21 @@ def _project_l2(adv: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     inside = moved.clamp(0, 1)
     tight = ((inside != moved).any(1) & (t < 1)).nonzero().squeeze(1)
     if len(tight):
-        d, origin, radius = delta[tight], x.flatten(1)[tight], eps[tight]
-        room = torch.where(d > 0, 1 - origin, origin)
-        magnitude, scale = d.abs(), t[tight]
+        d, origin, radius, scale = delta[tight], x.flatten(1)[tight], eps[tight], t[tight]
+        room = (origin + d.sign()).clamp_(0, 1).sub_(origin)
+        limit = room.abs() / d.abs().clamp_min_(1e-30)
+        squares, cost = d.square(), room.square()
         for _ in range(50):
-            full = magnitude * scale[:, None] > room
-            left = radius.square() - torch.where(full, room, 0).square().sum(1)
-            free = torch.where(full, 0, magnitude).square().sum(1)
+            full = (scale[:, None] - limit).sign_().clamp_min_(0)
+            left, free = radius.square() - (cost * full).sum(1), (squares * (1 - full)).sum(1)
             wider = torch.where(free > 0, (left.clamp_min(0) / free.clamp_min(1e-30)).sqrt(), scale).clamp_max(1)
             rising = wider > scale * (1 + 1e-6)
             if not bool(rising.any()):
                 break
             scale = torch.where(rising, wider, scale)
-        fitted = torch.addcmul(origin, d, scale[:, None]).clamp(0, 1)
-        over = (fitted - origin).norm(dim=1) / radius
-        inside[tight] = torch.where((over > 1)[:, None], origin + (fitted - origin) / over[:, None], fitted)
+        fitted = torch.addcmul(origin, d, scale[:, None]).clamp_(0, 1)
+        over = ((fitted - origin).norm(dim=1) / radius)[:, None]
+        inside[tight] = torch.where(over > 1, origin + (fitted - origin) / over, fitted)
     return inside.view_as(x)
 
 

@@ -277,12 +277,13 @@ def _run(
         return
     oracle: Oracle = meter if lens is None else lens(meter, meter.x, Rng.of(seed, index, attack.name + "/lens"))
     try:
-        last = attack.bound()(oracle, meter.x, meter.ball, rng)
+        begun = {"start": find_starts(meter, _aside(rng), starts)[0]} if attack.card.start else {}
+        last = attack.bound()(oracle, meter.x, meter.ball, rng, **begun)
         if last is not None:
             meter.is_adversarial(last)
     except Finished:
         pass
-    meter.rows, meter.whole = torch.arange(len(meter.x), device=meter.x.device), True
+    meter.all_rows()
 
 
 def _search(attack: Attack, meter: Meter, rng: Rng, starts: Tensor | None, notes: list[str]) -> None:
@@ -290,16 +291,21 @@ def _search(attack: Attack, meter: Meter, rng: Rng, starts: Tensor | None, notes
     if not attack.card.start:
         pool(meter, lambda i: function(meter.x[i], meter.ball, rng.stream(i)), asks, _open(meter))
         return
-    begun, lost = find_starts(meter, Rng(rng.keys, draws=1 << 20), starts)
+    begun, lost = find_starts(meter, _aside(rng), starts)
     if len(lost):
         notes.append(f"{len(lost)} images have no starting point")
         meter.retire(lost)
     pool(
         meter,
-        lambda i: attack.method.function(meter.x[i], meter.ball, rng.stream(i), start=begun[i], **attack.arguments),
+        lambda i: function(meter.x[i], meter.ball, rng.stream(i), start=begun[i]),
         asks,
         _open(meter),
     )
+
+
+def _aside(rng: Rng) -> Rng:
+    """The same streams, beyond any number that a method draws."""
+    return Rng(rng.keys, draws=1 << 20)
 
 
 def _open(meter: Meter) -> list[int]:
