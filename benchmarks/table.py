@@ -1,24 +1,29 @@
-"""Runs the cases and writes the table."""
+"""Runs the cases, keeps what each race found, and writes the table of all of them."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import peers
 from benchmarks.cases import CASES, CLAIMS, OURS, Case, Result, overhead
 from benchmarks.networks import bench
-from besiege.bench.measure import Failure, contender, race
+from besiege.bench.measure import Failure, Figures, contender, race
 from besiege.core.errors import BadInput, nearest
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+FIGURES = Path(__file__).parent / "figures.json"
+"""What every race found when it was last run, from which the page is written."""
 COLUMNS = (
     "CPU ms",
     "wall ms",
@@ -33,53 +38,91 @@ COLUMNS = (
 )
 
 
-def table(names: Sequence[str] = (), *, images: int = 100, repeat: int = 3, command: str = "") -> str:
-    """The whole table, written to docs/benchmarks.md; of ``names`` alone, only returned, with what is installed.
+def table(
+    names: Sequence[str] = (), *, images: int = 100, repeat: int = 3, command: str = "", write: bool = False
+) -> str:
+    """Race ``names``, or all. With ``write``, or without names, the races replace what docs/benchmarks.md has of them.
 
-    Progress goes to stderr.
+    Each race is kept as soon as it is run. Progress goes to stderr.
 
     Raises:
-        BadInput: an unknown name, a whole table without all peers, or no benchmark data.
+        BadInput: an unknown name, a table to be written without all peers, or no benchmark data.
     """
-    known = {case.name: case for case in CASES}
+    known = {case.name for case in CASES}
     for name in names:
         if name not in known:
             raise BadInput(f"there is no benchmark of {name!r}; {nearest(name, known)}")
+    write = write or not names
     missing = [library.distribution for library in peers.LIBRARIES.values() if not library.installed]
-    if missing and not names:
+    if missing and write:
         raise BadInput(
             f"the table needs all peers, but {', '.join(missing)} cannot be imported: run `make bench`, which installs "
             "them (extra `peers`), or name single benchmarks"
         )
     torch.set_num_threads(1)
-    chosen = [known[name] for name in names] or list(CASES)
-    results = [measure(case, images, repeat, lambda line: print(line, file=sys.stderr, flush=True)) for case in chosen]
-    page = render(results, repeat, command)
-    if not names:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page)
+    results = []
+    for case in (case for case in CASES if not names or case.name in names):
+        result = measure(case, images, repeat, command, lambda line: print(line, file=sys.stderr, flush=True))
+        results.append(result)
+        if write:
+            keep(result)
+    if not write:
+        return render(results)
+    page = render(kept())
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page)
     return page
 
 
-def measure(case: Case, images: int, repeat: int, tell: Callable[[str], None]) -> Result:
+def keep(result: Result) -> None:
+    """Write ``result`` in place of what the same case found before."""
+    entries: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    entries[str(result.case)] = {
+        "facts": dict(result.facts),
+        "figures": {name: asdict(found) for name, found in result.figures.items()},
+    }
+    whole = FIGURES.with_suffix(".part")
+    whole.write_text(json.dumps(entries, indent=1) + "\n")
+    whole.replace(FIGURES)
+
+
+def kept() -> list[Result]:
+    """What is kept of the cases that there are now, in their order."""
+    entries: dict[str, Any] = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    return [
+        Result(
+            case,
+            {
+                name: Failure(**found) if "why" in found else Figures(**found)
+                for name, found in entries[str(case)]["figures"].items()
+            },
+            entries[str(case)]["facts"],
+        )
+        for case in CASES
+        if str(case) in entries
+    ]
+
+
+def measure(case: Case, images: int, repeat: int, command: str, tell: Callable[[str], None]) -> Result:
     """One race."""
     target, chosen = bench(case.network, min(images, case.images or images))
     contenders = {OURS: contender(case.attack, target, case.model), **peers.contenders(case.name, case.shared)}
+    laps = min(repeat, case.laps or repeat)
     found = race(
         contenders,
         target.module,
         chosen,
         case.ball,
-        repeat=min(repeat, case.laps or repeat),
+        repeat=laps,
         seeds=case.seeds,
         tell=lambda line: tell(f"{case.name}: {line}"),
     )
-    result = Result(case, found)
+    result = Result(case, found, facts(laps, command))
     tell("\n".join(["", *section(result), ""]))
     return result
 
 
-def render(results: Sequence[Result], repeat: int, command: str) -> str:
+def render(results: Sequence[Result]) -> str:
     """The page in Markdown."""
     lines = [
         "# Benchmarks",
@@ -91,8 +134,6 @@ def render(results: Sequence[Result], repeat: int, command: str) -> str:
         "image's; medians over the laps. What fell is confirmed by a pass of its own, and must lie in [0, 1] and "
         "within the radius. Networks: A, a digits CNN; R, the same trained adversarially; B, a CIFAR-10 ResNet-20. "
         "Images: those that the network classifies correctly.",
-        "",
-        *(f"- {name}: {fact}" for name, fact in facts(repeat, command)),
         "",
         "## What is to be reached",
         "",
@@ -106,19 +147,22 @@ def render(results: Sequence[Result], repeat: int, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def facts(repeat: int, command: str) -> list[tuple[str, str]]:
-    """Where and with what the figures were measured."""
+def facts(laps: int, command: str) -> dict[str, str]:
+    """Where and with what a race was run."""
     version = importlib.metadata.version
-    installed = [library.distribution for library in peers.LIBRARIES.values() if library.installed]
-    return [
-        ("date", datetime.date.today().isoformat()),
-        ("command", f"`{command}`"),
-        ("laps", str(repeat)),
-        ("machine", f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"),
-        ("software", ", ".join(f"{name} {version(name)}" for name in ("besiege", "torch", "numpy"))),
-        ("Python", platform.python_version()),
-        ("peers", ", ".join(f"{name} {version(name)}" for name in installed) or "none"),
-    ]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "laps": str(laps),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "software": ", ".join(f"{name} {version(name)}" for name in ("besiege", "torch", "numpy"))
+        + f", Python {platform.python_version()}",
+        "peers": ", ".join(
+            f"{library.distribution} {version(library.distribution)}"
+            for library in peers.LIBRARIES.values()
+            if library.installed
+        ),
+    }
 
 
 def section(result: Result) -> list[str]:
@@ -147,6 +191,8 @@ def section(result: Result) -> list[str]:
             "–" if found.mean_distance is None else f"{found.mean_distance:.4g}",
         )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if result.facts:
+        lines += ["", "; ".join(f"{name}: {fact}" for name, fact in result.facts.items() if fact) + "."]
     return lines
 
 

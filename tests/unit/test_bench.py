@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_the_page_says_of_every_bar_whether_it_was_met() -> None:
     fast = figures(cpu_ms=14.0, robust_accuracy=0.2, overhead=1.05)
     slow = figures(cpu_ms=90.0, robust_accuracy=0.1)
     case = next(case for case in CASES if case.name == "pgd")
-    page = table.render([Result(case, {"besiege": fast, "foolbox": slow, "ART": Failure("a | b")})], 3, "make bench")
+    page = table.render([Result(case, {"besiege": fast, "foolbox": slow, "ART": Failure("a | b")})])
     assert "| pgd | CPU ms an image | 14 | 15 | met |" in page
     assert "| pgd | robust accuracy, against the best peer's | 0.2 | 0.1 | **missed** |" in page
     assert "| all | CPU time over the floor, median over the attacks | 1.05 | 1.1 | met |" in page
@@ -180,9 +181,22 @@ def test_the_page_says_of_every_bar_whether_it_was_met() -> None:
     assert "pgd on B, linf:8/255; steps 40; 2 images" in page
 
 
+def test_a_race_is_kept_and_replaces_what_it_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "FIGURES", tmp_path / "figures.json")
+    assert table.kept() == []
+    pgd, bim = (next(case for case in CASES if case.name == name) for name in ("pgd", "bim"))
+    table.keep(Result(pgd, {"besiege": figures(cpu_ms=9.0), "ART": Failure("no")}, {"date": "2026-01-01"}))
+    table.keep(Result(bim, {"besiege": figures()}))
+    table.keep(Result(pgd, {"besiege": figures(cpu_ms=7.0), "ART": Failure("no")}, {"date": "2026-01-02"}))
+    first, second = table.kept()
+    assert (first.case, second.case) == (bim, pgd)
+    assert second.ours == figures(cpu_ms=7.0) and second.figures["ART"] == Failure("no")
+    assert "date: 2026-01-02." in table.render([second])
+
+
 def test_a_bar_without_its_peer_is_not_measured() -> None:
     case = next(case for case in CASES if case.name == "deepfool")
-    page = table.render([Result(case, {"besiege": figures()})], 1, "")
+    page = table.render([Result(case, {"besiege": figures()})])
     assert "not measured: adv-lib has no figures for deepfool" in page
 
 
