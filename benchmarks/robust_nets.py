@@ -1,12 +1,13 @@
 """Our autoattack against the reference on networks trained to be robust, image by image.
 
-``python -m benchmarks.robust_nets [NAME ...] [-n IMAGES]`` prints one line a network and chunk of images as it
-goes, and a markdown table at the end. Needs pyautoattack and the shared data; hours on a laptop at 500 images.
+``python -m benchmarks.robust_nets > docs/robust-networks.md`` tells on stderr how far it is and prints the page at the
+end. Needs pyautoattack and the shared data; over an hour on one core at 500 images.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 
 import torch
@@ -22,6 +23,14 @@ from besiege.engine.judge import judge
 NETWORKS = ("fast_mnist_pgd", "trades_mnist_smallcnn")
 EPS = 0.3
 CHUNK = 50
+PAGE = f"""# Networks that were trained to be robust
+
+Left standing at L∞ {EPS} by our `autoattack` and by the reference's (pyautoattack), both with their standard budgets,
+on the same first images of the MNIST test set, in one process on one thread: `python -m benchmarks.robust_nets`.
+
+| network | images | robust, ours | robust, reference | stand for ours alone | for the reference alone \
+| CPU ms an image | reference | ratio |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|"""
 
 
 def compare(name: str, n: int) -> str:
@@ -50,6 +59,7 @@ def compare(name: str, n: int) -> str:
         done = start + len(part)
         print(
             f"{name}: of {done} images {ours} stand, {theirs} for the reference; {spent:.0f} s, {spent_theirs:.0f} s",
+            file=sys.stderr,
             flush=True,
         )
     return (
@@ -59,18 +69,14 @@ def compare(name: str, n: int) -> str:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.robust_nets", description=__doc__)
     parser.add_argument("names", nargs="*", default=NETWORKS)
     parser.add_argument("-n", "--images", type=int, default=500)
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = [compare(name, given.images) for name in given.names]
-    print(
-        "| network | images | robust, ours | robust, reference | stand for ours alone | for the reference alone "
-        "| CPU ms an image | reference | ratio |\n|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-    )
-    print("\n".join(rows))
+    print("\n".join([PAGE, *rows]))
 
 
 if __name__ == "__main__":
