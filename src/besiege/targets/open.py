@@ -13,18 +13,24 @@ from torch import nn
 
 from besiege.core.errors import BadInput, nearest
 from besiege.core.images import Images
-from besiege.core.target import Target
+from besiege.core.target import Target, fingerprint
+from besiege.core.threat import Access
 from besiege.embedded.networks import NETWORKS
-from besiege.targets import embedded
+from besiege.targets import embedded, huggingface, onnx
 from besiege.targets.callable import from_callable
+from besiege.targets.extra import extra
 from besiege.targets.factory import make
-from besiege.targets.module import from_module
-from besiege.targets.preprocessing import Preprocessing
+from besiege.targets.http import Service, is_url, open_service
+from besiege.targets.module import from_module, ordinary
+from besiege.targets.preprocessing import Front, Preprocessing
+from besiege.targets.sklearn import Estimator, is_estimator
 from besiege.targets.stored import exported, pickled, weights_alone
 from besiege.targets.weights import fill
 
 DEFAULT = "embedded:digits-cnn"
 FACTORY = re.compile(r"(?P<where>.+?):(?P<name>[A-Za-z_][\w.]*)(@(?P<weights>.+))?")
+HUB = "hf"
+WITH_GRADIENTS = "@gradients"
 PICKLES = (".pt", ".pth", ".pkl", ".bin", ".ckpt")
 
 
@@ -43,10 +49,12 @@ def open_target(
 
     ``embedded:digits-cnn`` (the default), ``embedded:digits-mlp``, ``-softmax`` or ``-rgb``;
     ``pkg.module:factory`` or ``file.py:factory``, ``@weights.safetensors`` after it or in ``weights``: called
-    without arguments, it returns a torch module, a function of images, or a `Target`; ``file.pt2`` of
+    without arguments, it returns a torch module, a function of images, a fitted scikit-learn classifier or a
+    `Target`; ``file.onnx``, or ``file.onnx@gradients`` to differentiate it; ``hf:folder`` or ``hf:name`` on the hub
+    of Hugging Face; an address, or the ``file.toml`` of a `besiege.targets.http.Service`; ``file.pt2`` of
     ``torch.export``; a whole module pickled as ``file.pt``. The last two and ``file.py`` run code, which
     ``trust_code`` must allow. ``preprocessing`` is otherwise read from ``NAME.toml`` or ``model.toml`` beside the
-    weights or the code. What was found out on the way stands in the target's ``notes``.
+    weights or the code, or the model's own config. What was found out on the way stands in the target's ``notes``.
 
     Raises:
         BadInput: nothing of that name, code that is not trusted or raises, weights that do not fit, answers that
@@ -60,6 +68,18 @@ def open_target(
     if kind == "embedded":
         _nothing_else(spec, preprocessing, weights)
         target = embedded.read(name, where, size)
+    elif _is_service(spec):
+        if weights is not None:
+            raise BadInput(f"{spec} is asked over HTTP and takes no weights")
+        with extra("http"):
+            target = open_service(
+                spec,
+                preprocessing=preprocessing,
+                classes=classes,
+                batch=batch,
+                device=where,
+                images=None if data is None else data.x,
+            )
     else:
         found = _find(spec, weights, trust_code)
         if isinstance(found.made, Target):
@@ -85,31 +105,77 @@ class Expected(NamedTuple):
 def expects(spec: str | None, *, preprocessing: Preprocessing | None = None, weights: str | None = None) -> Expected:
     """The size and channels to open images in, and the embedded images for want of others.
 
-    Nothing is executed: what shows is an embedded target's shape and what a declaration beside the files says.
+    Nothing is executed: what shows is an embedded target's shape, what an ONNX file or a model's config says, and
+    what a declaration beside the files does.
     """
     spec = spec or DEFAULT
     kind, _, name = spec.partition(":")
     if kind == "embedded":
         channels, *size = embedded.shape(name)
-        return Expected((size[0], size[1]), channels, "embedded:digits-rgb" if channels == 3 else "embedded:digits")
-    if preprocessing is None:
+        return _expected((size[0], size[1]), channels)
+    shape = _declared_shape(spec)
+    if preprocessing is None and kind == HUB:
+        with extra("hf"):
+            preprocessing = huggingface.declared(name)
+    elif preprocessing is None and _is_service(spec):
+        preprocessing = Service.read(spec).how(spec) or Preprocessing()
+    elif preprocessing is None:
         match = FACTORY.fullmatch(spec)
-        files = [Path(spec)] if match is None else _files(weights or match["weights"], _code(match["where"]))
+        files = [Path(_plain(spec))] if match is None else _files(weights or match["weights"], _code(match["where"]))
         declared = Preprocessing.beside(files)
         preprocessing = declared[0] if declared else Preprocessing()
     coloured = 3 in (len(preprocessing.mean), len(preprocessing.std)) or preprocessing.channels == "bgr"
-    return Expected(preprocessing.size, 3 if coloured else None, f"embedded:digits{'-rgb' if coloured else ''}")
+    if shape is not None:
+        return _expected(preprocessing.size or (shape[1], shape[2]), shape[0])
+    return _expected(preprocessing.size, 3 if coloured else None)
+
+
+def _expected(size: tuple[int, int] | None, channels: int | None) -> Expected:
+    return Expected(size, channels, f"embedded:digits{'-rgb' if channels == 3 else ''}")
+
+
+def _declared_shape(spec: str) -> tuple[int, int, int] | None:
+    """The (c, h, w) that an ONNX file or the description of a service declares."""
+    if _is_service(spec):
+        return Service.read(spec).shape
+    path = Path(_plain(spec)).expanduser()
+    if path.suffix != ".onnx":
+        return None
+    with extra("onnx"):
+        return onnx.Graph(path).shape
+
+
+def _is_service(spec: str) -> bool:
+    return is_url(spec) or spec.endswith(".toml")
+
+
+def _plain(spec: str) -> str:
+    """The file in the spec of one."""
+    return spec.removesuffix(WITH_GRADIENTS) if spec.endswith(f".onnx{WITH_GRADIENTS}") else spec
 
 
 class _Found(NamedTuple):
-    """What a spec led to: a module, function or target; the files it came from; the shape it is known to take."""
+    """What a spec led to: a module, function or target; the files it came from; the shape it is known to take.
+
+    ``how`` is what its own config declares, ``access`` the most that it grants.
+    """
 
     made: Any
     files: list[Path]
     shape: tuple[int, ...] | None = None
+    how: Preprocessing | None = None
+    access: Access = Access.WEIGHTS
 
 
 def _find(spec: str, weights: str | None, trust_code: bool) -> _Found:
+    kind, _, name = spec.partition(":")
+    if kind == HUB:
+        if weights is not None:
+            raise BadInput(f"{spec} brings its own weights and takes no others")
+        with extra("hf"):
+            made, how = huggingface.load(name), huggingface.declared(name)
+        size = how.size
+        return _Found(made, [], None if size is None else (huggingface.depth(made), *size), how)
     match = FACTORY.fullmatch(spec)
     if match is not None:
         if weights is not None and match["weights"] is not None:
@@ -126,6 +192,13 @@ def _find(spec: str, weights: str | None, trust_code: bool) -> _Found:
     path = Path(spec).expanduser()
     if weights is not None:
         raise BadInput(f"{spec}: weights need the code that builds the network, as pkg.module:factory")
+    plain = Path(_plain(spec)).expanduser()
+    if plain.suffix == ".onnx":
+        with extra("onnx"):
+            graph = onnx.Graph(plain)
+            if plain == path:
+                return _Found(graph, [plain], graph.shape, access=Access.SCORES)
+            return _Found(onnx.Differentiable(graph), [plain], graph.shape, access=Access.GRADIENTS)
     if path.suffix == ".pt2":
         made, shape = exported(path, trust_code=trust_code)
         return _Found(made, [path], shape)
@@ -150,25 +223,41 @@ def _wrap(
 ) -> Target:
     """A module or function as a target, fed as it is declared to be."""
     notes: tuple[str, ...] = ()
-    if preprocessing is None:
+    if preprocessing is None and found.how is not None:
+        preprocessing, notes = found.how, ("it is fed as its own config says",)
+    elif preprocessing is None:
         declared = Preprocessing.beside(found.files)
         if declared is not None:
             preprocessing = declared[0]
             notes = (f"it is fed as {declared[1]} says",)
-    if not callable(found.made):
-        raise BadInput(f"{spec} makes a {type(found.made).__name__}, not a torch module, a function or a Target")
-    wrap: Callable[..., Target] = from_module if isinstance(found.made, nn.Module) else from_callable
+    made = Estimator(found.made, spec) if is_estimator(found.made) else found.made
+    if not callable(made):
+        raise BadInput(f"{spec} makes a {type(made).__name__}, not a torch module, a function or a Target")
+    if isinstance(made, (onnx.Graph, onnx.Differentiable)):
+        preprocessing = replace(preprocessing or Preprocessing(), layout="nchw")  # the file's own is followed
+    shape = _shape(spec, found, preprocessing or Preprocessing()) if data is None else data.shape
+    if isinstance(made, onnx.Differentiable):
+        x = ordinary(None if data is None else data.x, shape)
+        made.check(Front(preprocessing or Preprocessing(), shape[0])(x))
+    if found.how is not None and data is not None:
+        huggingface.agree(found.made, data, spec)
+    whole = isinstance(made, nn.Module) and not isinstance(made, onnx.Graph)
+    wrap: Callable[..., Target] = from_module if whole else from_callable
     target = wrap(
-        found.made,
-        classes=classes,
-        shape=_shape(spec, found, preprocessing or Preprocessing()) if data is None else data.shape,
+        made,
+        classes=made.classes if isinstance(made, Estimator) and classes is None else classes,
+        shape=shape,
         name=spec,
         preprocessing=preprocessing,
         batch=batch,
         device=device,
         images=None if data is None else data.x,
     )
-    return replace(target, notes=(*notes, *target.notes))
+    if isinstance(made, onnx.Graph):
+        target = replace(
+            target, fingerprint=fingerprint(nn.Sequential(Front(preprocessing or Preprocessing(), shape[0]), made))
+        )
+    return replace(target, access=min(target.access, found.access), notes=(*notes, *target.notes))
 
 
 def _shape(spec: str, found: _Found, how: Preprocessing) -> tuple[int, int, int]:

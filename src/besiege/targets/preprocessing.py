@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -54,14 +54,23 @@ class Preprocessing:
             said = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise BadInput(f"{path}: unreadable ({error})") from None
+        return cls.of(said, path)
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any], where: Path | str) -> Preprocessing:
+        """From what was read at ``where``.
+
+        Raises:
+            BadInput: a field is unknown or has a wrong value.
+        """
         known = [field.name for field in fields(cls)]
         for key in said:
             if key not in known:
-                raise BadInput(f"{path}: {key!r} is unknown; {nearest(key, known)}")
+                raise BadInput(f"{where}: {key!r} is unknown; {nearest(key, known)}")
         try:
             return cls(**{key: _value(key, value) for key, value in said.items()})
         except (BadInput, TypeError, ValueError) as error:
-            raise BadInput(f"{path}: {error}") from None
+            raise BadInput(f"{where}: {error}") from None
 
     @classmethod
     def beside(cls, files: Iterable[Path]) -> tuple[Preprocessing, Path] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,9 +24,14 @@ class Chunked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The answers (n, ...) to any number of images."""
-        missing = -len(x) % self.size
-        full = x if not missing else torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
-        return torch.cat([self.module(part) for part in torch.split(full, self.size)])[: len(x)]
+        return in_batches(self.module, x, self.size)
+
+
+def in_batches(call: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """What ``call`` answers about images (n, ...) when it takes exactly ``size`` of them at a time."""
+    missing = -len(x) % size
+    full = x if not missing else torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
+    return torch.cat([call(part) for part in torch.split(full, size)])[: len(x)]
 
 
 def exported(path: Path, *, trust_code: bool) -> tuple[nn.Module, tuple[int, ...]]:
