@@ -42,7 +42,7 @@ def hopskipjump(
     """
     d, linf = x.numel(), ball.norm == INF
     theta = 1 / (d * d if linf else d * math.sqrt(d))
-    adv = yield from _bisect(x, (yield from _nearest(x, start, starts, rng, linf)), theta, linf)
+    adv = yield from bisect(x, (yield from nearest(x, start, starts, rng, linf)), theta, linf)
     far = 0.0
     for t in range(1, steps + 1):
         radius = 0.1 if t == 1 else (d if linf else math.sqrt(d)) * theta * far
@@ -52,10 +52,10 @@ def hopskipjump(
         stride = _distance(adv - x, linf) / math.sqrt(t)
         ahead = yield from _step(adv, normal, stride)
         far = _distance(ahead - x, linf)
-        adv = yield from _bisect(x, ahead, theta, linf)
+        adv = yield from bisect(x, ahead, theta, linf)
 
 
-def _nearest(x: Tensor, start: Tensor, starts: int, rng: Stream, linf: bool) -> Found:
+def nearest(x: Tensor, start: Tensor, starts: int, rng: Stream, linf: bool) -> Found:
     """Of ``start`` and ``starts`` noise images, brought toward ``x`` all together, the one that stands the longest.
 
     The noise comes in blocks of 1, 2, 4, … pixels in turn.
@@ -127,7 +127,7 @@ def _step(adv: Tensor, normal: Tensor, stride: float) -> Found:
     return adv
 
 
-def _bisect(x: Tensor, adv: Tensor, theta: float, linf: bool) -> Found:
+def bisect(x: Tensor, adv: Tensor, theta: float, linf: bool) -> Found:
     """The adversarial point nearest ``x``: on the line to ``adv``, or in L∞ in the shrinking box around ``x``.
 
     The share of the way is found to ``theta``, or to 1e-7 where float32 resolves no more.
