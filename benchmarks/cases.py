@@ -12,6 +12,7 @@ from besiege.bench.measure import Failure, Figures
 from besiege.core.errors import BadInput
 from besiege.core.method import Attack, make
 from besiege.core.threat import INF, Access, Ball, ThreatModel
+from besiege.regions import parse
 
 OURS = "besiege"
 
@@ -37,7 +38,7 @@ class Case:
     @property
     def ball(self) -> Ball:
         """Where the adversarial images have to lie."""
-        return Ball.parse(self.threat)
+        return parse(self.threat)
 
     @property
     def attack(self) -> Attack:
@@ -76,6 +77,8 @@ CASES = (
     Case("cw-l2", "A", "l2:inf", peers={"steps": 1000, "searches": 6}, laps=1, images=50),
     Case("fmn", "A", "l2:inf", {"steps": 100}),
     Case("ddn", "A", "l2:inf", {"steps": 100}),
+    Case("newtonfool", "A", "l2:inf", {"steps": 100}),
+    Case("jsma", "A", "l0:inf", {"gamma": 0.145}, laps=1, images=50),
     Case("square", "R", "linf:0.15", queries=1000, images=50),
     # 16 rounds are what 5,000 queries pay for: the t-th spends 100 sqrt(t) on its gradient and about 30 on the rest.
     Case("hopskipjump", "A", "l2:inf", peers={"rounds": 16}, queries=5000, seeds=(0, 1, 2), images=50),
@@ -162,6 +165,11 @@ CLAIMS = (
     Claim("deepfool", "CPU time over adv-lib's", lambda r: r.ours.cpu_ms / r.of("adv-lib").cpu_ms, lambda r: 0.9),
     Claim("deepfool", "share that did not fall", lambda r: _robust(r.ours), lambda r: 0.0),
     Claim("fmn", "median norm", lambda r: _median(r.ours), lambda r: 1.22),
+    Claim("newtonfool", "median norm", lambda r: _median(r.ours), lambda r: 1.3),
+    Claim("newtonfool", "share that did not fall", lambda r: _robust(r.ours), lambda r: 0.05),
+    Claim("jsma", "robust accuracy, against the best peer's", lambda r: _robust(r.ours), lambda r: r.best(_robust)),
+    Claim("jsma", "median pixels over the best peer's", lambda r: _median(r.ours) / r.best(_median), lambda r: 1.0),
+    Claim("jsma", "CPU time over torchattacks'", lambda r: r.ours.cpu_ms / r.of("torchattacks").cpu_ms, lambda r: 0.2),
     Claim("square", "robust accuracy", lambda r: _robust(r.ours), lambda r: 0.22),
     Claim(
         "square", "CPU time over torchattacks'", lambda r: r.ours.cpu_ms / r.of("torchattacks").cpu_ms, lambda r: 0.7

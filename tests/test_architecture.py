@@ -20,14 +20,15 @@ MODULES = {
 
 DOWNHILL = {
     "core": set(),
+    "regions": {"core"},
     "embedded": {"core"},
-    "attacks": {"core"},
+    "attacks": {"core", "regions"},
     "defenses": {"core", "attacks"},
     "targets": {"core", "embedded", "data", "results"},
     "data": {"core", "embedded"},
     "results": {"core"},
     "report": {"core", "results"},
-    "engine": {"core", "results"},
+    "engine": {"core", "regions", "results"},
     "audit": {"core", "attacks", "engine", "results", "report", "targets", "data"},
     "bench": {"core", "engine", "results", "targets", "data"},
 }

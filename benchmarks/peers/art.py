@@ -58,6 +58,20 @@ def deepfool(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return _run(e.DeepFool(_classifier(model, x), batch_size=len(x), verbose=False), x, None)
 
 
+def newtonfool(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
+    """Its formula wants probabilities."""
+    classifier = _classifier(nn.Sequential(model, nn.Softmax(1)), x)
+    return _run(e.NewtonFool(classifier, max_iter=steps, batch_size=len(x), verbose=False), x, None)
+
+
+def jsma(model: nn.Module, x: Tensor, y: Tensor, *, gamma: float) -> Tensor:
+    """Toward the highest other class."""
+    with torch.no_grad():
+        goal = model(x).scatter(1, y[:, None], -float("inf")).argmax(1)
+    attack = e.SaliencyMapMethod(_classifier(model, x), theta=1.0, gamma=gamma, batch_size=len(x), verbose=False)
+    return _run(attack, x, goal)
+
+
 def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
     attack = e.SquareAttack(_classifier(model, x), eps=eps, max_iter=queries, batch_size=len(x), verbose=False)
     return _run(attack, x, y)

@@ -35,6 +35,10 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
     return _run(fb.attacks.DDNAttack(steps=steps), model, x, y, None)
 
 
+def newtonfool(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
+    return _run(fb.attacks.NewtonFoolAttack(steps=steps), model, x, y, None)
+
+
 def hopskipjump(model: nn.Module, x: Tensor, y: Tensor, *, rounds: int) -> Tensor:
     return _run(fb.attacks.HopSkipJumpAttack(steps=rounds), model, x, y, None)
 

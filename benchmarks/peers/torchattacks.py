@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import register_torchvision
@@ -41,3 +42,12 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) 
 
 def autoattack(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     return ta.AutoAttack(model, eps=eps, seed=0)(x, y)
+
+
+def jsma(model: nn.Module, x: Tensor, y: Tensor, *, gamma: float) -> Tensor:
+    """Toward the highest other class; its own choice is the next label."""
+    attack = ta.JSMA(model, theta=1.0, gamma=gamma)
+    with torch.no_grad():
+        goal = model(x).scatter(1, y[:, None], -float("inf")).argmax(1)
+    attack.set_mode_targeted_by_label(quiet=True)
+    return attack(x, goal)

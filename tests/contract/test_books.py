@@ -9,9 +9,10 @@ import torch
 from toys import CARDS, Watch, cases, curved, fire, flat, quick
 
 from besiege.core.errors import AccessDenied, BadInput
-from besiege.core.threat import INF, Access, Ball, ThreatModel
+from besiege.core.threat import INF, NORM_NAMES, Access, ThreatModel
 from besiege.engine import evasion
 from besiege.engine.evasion import evade
+from besiege.regions import within
 
 
 @pytest.mark.parametrize("budget", [1, 7, 37, 100])
@@ -102,10 +103,10 @@ def test_images_that_are_wrong_already_are_left_out_and_cost_nothing(name, norm)
 @pytest.mark.parametrize(("name", "norm"), cases(first=True))
 def test_what_does_not_fit_is_refused(name, norm):
     toy, card = curved(n=3), CARDS[name]
-    good = ThreatModel(Access.WEIGHTS, Ball(norm, 0.1))
-    for bad in {0.0, 1.0, 2.0, INF} - set(card.norms):
+    good = ThreatModel(Access.WEIGHTS, within(norm, 0.1))
+    for bad in set(NORM_NAMES) - set(card.norms):
         with pytest.raises(BadInput, match="works in"):
-            evade(quick(name), toy.target(), toy.images, replace(good, ball=Ball(bad, 0.1)))
+            evade(quick(name), toy.target(), toy.images, replace(good, ball=within(bad, 0.1)))
     with pytest.raises(BadInput, match="takes"):
         evade(quick(name), toy.target(), flat(3).images, good)
     with pytest.raises(BadInput, match="out of range"):
@@ -114,7 +115,7 @@ def test_what_does_not_fit_is_refused(name, norm):
         evade(quick(name), toy.target(), toy.images, good, target_class=3)
     if card.seeks == "success":
         with pytest.raises(BadInput, match="radius"):
-            evade(quick(name), toy.target(), toy.images, replace(good, ball=Ball(norm, INF)))
+            evade(quick(name), toy.target(), toy.images, replace(good, ball=within(norm, INF)))
     if card.kind == "universal":
         with pytest.raises(BadInput, match="give some"):
             evade(quick(name), toy.target(), toy.images, good)

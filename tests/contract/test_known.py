@@ -13,8 +13,9 @@ from toys import CARDS, EPS, Linear, Toy, cases, curved, differences, fire, flat
 
 from besiege.core.images import Images
 from besiege.core.rng import Rng
-from besiege.core.threat import INF, Access, Ball
+from besiege.core.threat import INF, Access, Norm
 from besiege.engine.judge import judge
+from besiege.regions import within
 
 FACTOR = {Access.GRADIENTS: 1.25, Access.SCORES: 2.0, Access.LABELS: 2.0}
 """How much longer than the least a minimum may be, by what the method sees."""
@@ -83,7 +84,7 @@ def test_pixels_at_zero_and_one_can_move(name, norm):
         assert bool((outcome.distance.double() <= 1.1 * FACTOR[card.access] * least + slack).all())
 
 
-def planted(norm: float, seed: int) -> tuple[Toy, float]:
+def planted(norm: Norm, seed: int) -> tuple[Toy, float]:
     """A network whose last layer is fitted so that one point of the ball is misclassified, and many others are not.
 
     The test of Zimmermann et al. 2022 (arXiv:2206.13991): where an adversarial example surely exists, an attack
@@ -91,7 +92,7 @@ def planted(norm: float, seed: int) -> tuple[Toy, float]:
     """
     base = curved(classes=2)
     eps = 2 * EPS[norm] if norm else 3.0
-    ball = Ball(norm, eps)
+    ball = within(norm, eps)
     g = generator(seed)
     x = torch.rand(1, 1, 8, 8, generator=g) * 0.6 + 0.2
     many = x.expand(200, -1, -1, -1)
@@ -131,7 +132,7 @@ def test_an_example_that_surely_exists_is_found(name, norm):
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_an_image_without_a_way_out_does_not_hold_up_the_others(name, norm):
     toy = flat(2)
-    x = torch.cat([stuck(toy), toy.images.x])
+    x = torch.cat([stuck(toy, norm), toy.images.x])
     images = Images.of(x, torch.zeros(len(x), dtype=torch.int64))
     card = CARDS[name]
     eps = 1.2 * ENOUGH[card.access] * float(toy.needed(norm).max())
@@ -141,8 +142,10 @@ def test_an_image_without_a_way_out_does_not_hold_up_the_others(name, norm):
     assert differences(others, outcome, slice(1, None)) == []
 
 
-def stuck(toy):
-    """An image as deep in class 0 as the box allows."""
+def stuck(toy, norm):
+    """An image as deep in class 0 as the box allows; where brightness only moves about, one without room for it."""
+    if isinstance(norm, str):
+        return torch.ones(1, *toy.shape)
     deep = toy.model.weight[0] > toy.model.weight[1]
     return deep.view(1, *toy.shape).float()
 

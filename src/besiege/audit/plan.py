@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from besiege.core.errors import BadInput
 from besiege.core.method import Attack, Card, Method
-from besiege.core.threat import INF, NORM_NAMES, Access, Ball, ThreatModel
+from besiege.core.threat import INF, NORM_NAMES, Access, Ball, Norm, ThreatModel
 from besiege.results.audit import cell_name
 from besiege.results.record import ball_text
 
@@ -20,11 +20,12 @@ IMAGES: Mapping[str, int | None] = {"quick": 100, "standard": 1000, "thorough": 
 
 FEWEST = 10
 """Fewer images than this say nothing about an attack."""
-RADII: Mapping[float, tuple[float, float, float]] = {
+RADII: Mapping[Norm, tuple[float, float, float]] = {
     INF: (0.1, 8 / 255, 4 / 255),
     2.0: (1.5, 0.5, 3.0),
     1.0: (15.0, 12.0, 255.0),
     0.0: (15.0, 24.0, 200.0),
+    "wasserstein": (1.0, 0.1, 0.1),
 }
 """Customary radii by norm: grey images of digits' size, small colour images, large ones."""
 LOOPS = ("steps", "restarts", "searches", "samples", "targets", "iterations")
@@ -189,7 +190,7 @@ def unfit(card: Card, access: Access, ball: Ball) -> str | None:
     return None
 
 
-def radius(norm: float, shape: tuple[int, int, int]) -> float:
+def radius(norm: Norm, shape: tuple[int, int, int]) -> float:
     """The radius that papers use in that norm for images (c, h, w) of that kind."""
     c, h, w = shape
     kind = 2 if max(h, w) > 100 else 0 if c == 1 else 1

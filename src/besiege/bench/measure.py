@@ -172,11 +172,13 @@ def fallen(module: nn.Module, images: Images, adv: Tensor, ball: Ball) -> Tensor
     with torch.no_grad():
         labels = torch.cat([module(part).argmax(1) for part in torch.split(adv, 64)])
     moved = (adv.double() - images.x.double()).flatten(1)
-    if ball.norm == 0:
+    if isinstance(ball.norm, str):
+        distance = ball.distance(adv, images.x).double()
+    elif ball.norm == 0:
         distance = (moved.view(images.x.shape) != 0).any(1).flatten(1).sum(1).double()
     else:
         distance = torch.linalg.vector_norm(moved, ord=ball.norm, dim=1)
-    inside = distance <= float(ball.eps) * (1 + 1e-6) + 1e-7
+    inside = distance <= ball.reach
     return torch.where((labels != images.y) & inside & moved.isfinite().all(1), distance, INF)
 
 

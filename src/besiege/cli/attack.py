@@ -11,6 +11,7 @@ import typer
 from besiege.cli import options as o
 
 if TYPE_CHECKING:
+    from besiege.audit.plan import Budget
     from besiege.core.method import Attack
     from besiege.core.threat import ThreatModel
     from besiege.engine.evasion import Outcome
@@ -22,12 +23,12 @@ TRAINING = 200
 
 
 def attack(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A method; `besiege list` shows them.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method of `besiege list`, or several in turn: a|b.")],
     target: o.TargetSpec = None,
     data: o.DataSpec = None,
     limit: o.Limit = None,
     eps: Annotated[str | None, typer.Option(help="The radius in pixels of [0, 1], for example 8/255.")] = None,
-    norm: Annotated[str | None, typer.Option(help="The norm of the radius: inf, 2, 1 or 0.")] = None,
+    norm: Annotated[str | None, typer.Option(help="The norm of the radius: inf, 2, 1, 0 or wasserstein.")] = None,
     target_class: Annotated[int | None, typer.Option(min=0, help="Reach this class, not just any other.")] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="At most this many forward passes an image.")] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
@@ -52,17 +53,13 @@ def attack(
     """
     import torch
 
-    from besiege.audit.plan import paced, passes, share
+    from besiege.audit.plan import passes
     from besiege.audit.run import STARTS, sample
     from besiege.cli import terminal
-    from besiege.core.method import make, method
     from besiege.engine.summary import siege
 
-    card = method(name).card
-    part = share(card, budget.value)
-    asked = queries or part.queries
-    chosen = make(name, **{**paced(card, part.options, asked), **o.chosen(option or [])})
-    n, fitted = limit or IMAGES[budget], TRAINING if card.kind == "universal" else 0
+    chosen, asked = _chosen(name, o.chosen(option or []), budget.value, queries)
+    n, fitted = limit or IMAGES[budget], TRAINING if chosen.card.kind == "universal" else 0
     victim, images = o.opened(
         target,
         data,
@@ -107,11 +104,29 @@ def attack(
         _print(record, out)
 
 
+def _chosen(name: str, options: dict[str, str], budget: Budget, queries: int | None) -> tuple[Attack, int | None]:
+    """The attack, each part of a union with its share of the budget, and how many queries an image it may spend.
+
+    Where the queries of one part are limited, so are those of the whole: the others get what they need.
+    """
+    from besiege.audit.plan import paced, passes, share
+    from besiege.core.method import make, parts_of, union
+
+    parts, limits = [], []
+    for found, own in parts_of(name, options):
+        given = share(found.card, budget)
+        parts.append(make(found.card.name, **{**paced(found.card, given.options, queries or given.queries), **own}))
+        limits.append(given.queries)
+    whole = sum(limit or passes(part) for limit, part in zip(limits, parts, strict=True)) if any(limits) else None
+    return union(*parts), queries or whole
+
+
 def _threat(attack: Attack, eps: str | None, norm: str | None, shape: tuple[int, int, int]) -> ThreatModel:
     """What the command line says, and custom where it says nothing."""
     from besiege.audit.plan import radius
     from besiege.core.errors import BadInput
-    from besiege.core.threat import INF, Ball, ThreatModel, number
+    from besiege.core.threat import INF, ThreatModel, number
+    from besiege.regions import within
 
     works = attack.card.norms
     p = o.norm(norm) if norm is not None else next((p for p in (INF, 2.0) if p in works), works[0])
@@ -121,7 +136,7 @@ def _threat(attack: Attack, eps: str | None, norm: str | None, shape: tuple[int,
             raise BadInput(f"--eps must be above 0 and finite, not {eps}")
     else:
         size = INF if attack.card.seeks == "minimum" else radius(p, shape)
-    return ThreatModel(attack.card.access, Ball(p, size))
+    return ThreatModel(attack.card.access, within(p, size))
 
 
 def _write(folder: Path, record: Record, outcome: Outcome) -> None:

@@ -83,7 +83,7 @@ def audit(
     from besiege.audit import plan as p
     from besiege.audit import run as r
     from besiege.core.method import method, registry
-    from besiege.core.threat import Ball
+    from besiege.regions import parse
     from besiege.report.html import page
     from besiege.results import files
     from besiege.results.audit import slug
@@ -95,7 +95,7 @@ def audit(
         request = _requested(context, resume)
     budget = o.Budget(request["budget"])
     only = [method(name.strip()).card.name for name in (request["attacks"] or "").split(",") if name.strip()]
-    threats = [Ball.parse(text) for text in (request["threat"] or "").split(",") if text.strip()]
+    threats = [parse(text) for text in (request["threat"] or "").split(",") if text.strip()]
     feeding = {name: request[name] for name in ("seed", "weights", "mean", "std", "classes", "batch")}
     victim, images = o.opened(
         request["target"],
@@ -263,14 +263,15 @@ def _seconds(text: str) -> float:
 
 def _thresholds(texts: list[str]) -> list[tuple[Ball, float]]:
     """The threat and the least share that shall stand, of each --fail-under."""
-    from besiege.core.threat import Ball, number
+    from besiege.core.threat import number
+    from besiege.regions import parse
 
     found = []
     for text in texts:
         threat, equals, share = text.rpartition("=")
         if not equals or not 0 <= number(share) <= 1:
             raise BadInput(f"--fail-under {text!r} names no threat and share; write for example linf:8/255=0.4")
-        found.append((Ball.parse(threat), number(share)))
+        found.append((parse(threat), number(share)))
     return found
 
 

@@ -55,7 +55,8 @@ def bench(
     from besiege.bench.measure import Figures, contender, race
     from besiege.core.errors import BadInput
     from besiege.core.method import make
-    from besiege.core.threat import Ball, ThreatModel
+    from besiege.core.threat import ThreatModel
+    from besiege.regions import parse
 
     attack = make(name, **o.chosen(option or []))
     victim, images = o.opened(
@@ -75,7 +76,7 @@ def bench(
     if victim.module is None or victim.call is not victim.module:
         raise BadInput(f"{victim.name} is no plain torch module, so there is no bare model to time it against")
     torch.set_num_threads(1)
-    ball = _usual(attack, victim.shape) if threat is None else Ball.parse(threat)
+    ball = _usual(attack, victim.shape) if threat is None else parse(threat)
     model = ThreatModel(attack.card.access, ball, queries)
     found = race(
         {name: contender(attack, victim, model)},
@@ -113,11 +114,12 @@ def _table(images: int, repeat: int) -> str:
 
 def _usual(attack: Attack, shape: tuple[int, int, int]) -> Ball:
     from besiege.audit.plan import radius
-    from besiege.core.threat import INF, Ball
+    from besiege.core.threat import INF
+    from besiege.regions import within
 
     norms = attack.card.norms
     norm = next((p for p in (INF, 2.0) if p in norms), norms[0])
-    return Ball(norm, INF if attack.card.seeks == "minimum" else radius(norm, shape))
+    return within(norm, INF if attack.card.seeks == "minimum" else radius(norm, shape))
 
 
 def _print(title: str, found: Figures) -> None:

@@ -14,6 +14,7 @@ from besiege.core.errors import BadInput
 if TYPE_CHECKING:
     from besiege.core.images import Images
     from besiege.core.target import Target
+    from besiege.core.threat import Norm
     from besiege.targets import Preprocessing
 
 
@@ -35,7 +36,7 @@ class OnBad(StrEnum):
 TargetSpec = Annotated[
     str | None,
     typer.Argument(
-        metavar="TARGET", help="The classifier: pkg.module:factory, a weight file; an embedded one if left out."
+        metavar="TARGET", help="The classifier: pkg.module:factory, an ONNX file, hf:NAME, an address; else embedded."
     ),
 ]
 DataSpec = Annotated[
@@ -125,15 +126,15 @@ def _numbers(text: str | None) -> tuple[float, ...]:
     return () if text is None else tuple(number(part) for part in text.split(","))
 
 
-def norm(text: str) -> float:
-    """``inf``, ``linf``, ``2``, ``l2``, …: the norm as a number."""
+def norm(text: str) -> Norm:
+    """``inf``, ``linf``, ``2``, ``l2``, …: the norm as a number; a region by its name."""
     from besiege.core.threat import NORM_NAMES
 
     wanted = text.strip().lower()
     for value, name in NORM_NAMES.items():
-        if wanted in (name, name[1:]):
+        if wanted in (name, name.removeprefix("l")):
             return value
-    raise BadInput(f"--norm {text!r} is unknown; use one of inf, 2, 1, 0")
+    raise BadInput(f"--norm {text!r} is unknown; use one of inf, 2, 1, 0, wasserstein")
 
 
 def chosen(options: Sequence[str]) -> dict[str, str]:

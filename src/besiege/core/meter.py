@@ -72,8 +72,12 @@ class Meter:
         self.all_rows()
 
     def all_rows(self) -> None:
-        """Stand for every image again, whatever a method has dropped."""
+        """Stand for every image again, whatever a method has dropped or given up."""
         self.rows, self.whole = torch.arange(len(self.x), device=self.x.device), True
+        self.done[:] = self.forward >= self.cap
+        if self.seeks == "success":
+            self.done |= self.found
+        self.tally.changes += 1
         self.asked: tuple[int, Tensor | None, Tensor] | None = None
 
     @property
@@ -135,7 +139,8 @@ class Meter:
             columns = wanted[start * self.target.batch : start * self.target.batch + len(part)]
             with torch.enable_grad():
                 answer = self.target.answer(leaf)
-                chosen = answer.scores.gather(1, columns).sum(0)
+                every = torch.cat([answer.scores, answer.scores.sum(1, keepdim=True)], 1)
+                chosen = every.gather(1, columns).sum(0)
                 rows_of = [
                     torch.autograd.grad(chosen[k], leaf, retain_graph=k + 1 < len(chosen))[0]
                     for k in range(len(chosen))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from types import NoneType
-from typing import Any, Concatenate, Generic, Literal, ParamSpec
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -20,13 +20,17 @@ from besiege.core.errors import BadInput
 from besiege.core.meter import Seeks
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng, Stream
-from besiege.core.threat import INF, Access, Ball, number
+from besiege.core.threat import INF, Access, Ball, Norm, number
 from besiege.core.trigger import Trigger
 
 P = ParamSpec("P")
+Within = TypeVar("Within", bound=Ball)
 Search = Iterator[Tensor] | typing.Generator[Tensor, Tensor, None]
 Asks = Literal["labels", "probability", "margin"]
 Kind = Literal["evasion", "search", "universal", "ensemble"]
+
+UNITED = "parts"
+"""The argument of a union: its attacks."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Card:
     kind: Kind
     paper: str
     access: Access
-    norms: tuple[float, ...]
+    norms: tuple[Norm, ...]
     seeks: Seeks
     summary: str
     asks: Asks | None = None
@@ -79,7 +83,13 @@ class Attack:
         """The method's name on the command line."""
         return self.card.name
 
+    def __or__(self, other: Attack) -> Attack:
+        """Both as one attack; see `union`."""
+        return union(self, other)
+
     def __str__(self) -> str:
+        if UNITED in self.arguments:
+            return " | ".join(map(str, self.arguments[UNITED]))
         chosen = {k: v for k, v in self.arguments.items() if v != self.card.options[k].default}
         return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in chosen.items())})"
 
@@ -89,6 +99,12 @@ class Attack:
     def bound(self) -> Callable[..., Any]:
         """The function with its options filled in."""
         return functools.partial(self.method.function, **self.arguments)
+
+    def recorded(self) -> dict[str, Any]:
+        """Every argument as a record holds it; those of a union by part, under its place and name."""
+        if UNITED in self.arguments:
+            return {f"{k} {part.name}": part.recorded() for k, part in enumerate(self.arguments[UNITED], 1)}
+        return dict(self.arguments)
 
 
 _REGISTRY: dict[str, Method[Any]] = {}
@@ -119,19 +135,19 @@ def evasion(
     title: str,
     *,
     paper: str,
-    norms: tuple[float, ...],
+    norms: tuple[Norm, ...],
     access: Access = Access.GRADIENTS,
     seeks: Seeks = "success",
     start: bool = False,
     targeted: bool = True,
-) -> Callable[[Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Tensor | None]], Method[P]]:
+) -> Callable[[Callable[Concatenate[Oracle, Tensor, Within, Rng, P], Tensor | None]], Method[P]]:
     """Declare a method that works on a whole batch through an oracle; what it returns is its last try.
 
     With ``start`` the engine finds adversarial images first and hands them over as ``start`` (n, c, h, w; keyword);
     where it finds none, that is the image itself.
     """
 
-    def declare(function: Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Tensor | None]) -> Method[P]:
+    def declare(function: Callable[Concatenate[Oracle, Tensor, Within, Rng, P], Tensor | None]) -> Method[P]:
         return _declare(
             "evasion",
             title,
@@ -151,7 +167,7 @@ def search(
     title: str,
     *,
     paper: str,
-    norms: tuple[float, ...],
+    norms: tuple[Norm, ...],
     asks: Asks,
     seeks: Seeks = "success",
     start: bool = False,
@@ -180,7 +196,7 @@ def search(
 
 
 def universal(
-    title: str, *, paper: str, norms: tuple[float, ...], access: Access = Access.GRADIENTS, targeted: bool = False
+    title: str, *, paper: str, norms: tuple[Norm, ...], access: Access = Access.GRADIENTS, targeted: bool = False
 ) -> Callable[[Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Trigger]], Method[P]]:
     """Declare a method that fits one perturbation for all images, on training images (m, c, h, w).
 
@@ -196,7 +212,7 @@ def universal(
 
 
 def ensemble(
-    title: str, *, paper: str, norms: tuple[float, ...], access: Access, targeted: bool = True
+    title: str, *, paper: str, norms: tuple[Norm, ...], access: Access, targeted: bool = True
 ) -> Callable[[Callable[P, tuple[Attack, ...]]], Method[P]]:
     """Declare a function that names the attacks of an ensemble; each meets only the images still standing."""
 
@@ -206,6 +222,43 @@ def ensemble(
         )
 
     return declare
+
+
+def union(*attacks: Attack) -> Attack:
+    """One attack after another, as one: ``spatial() | pgd()``. Each meets only the images that still stand.
+
+    Where all of them seek the minimum, each meets every image and the nearest success is kept. One alone is itself.
+
+    Raises:
+        BadInput: they share no norm, or one of them fits a universal perturbation.
+    """
+    if len(attacks) == 1:
+        return attacks[0]
+    parts = tuple(part for attack in attacks for part in attack.arguments.get(UNITED, (attack,)))
+    cards = [part.card for part in parts]
+    names = "|".join(card.name for card in cards)
+    norms = tuple(norm for norm in cards[0].norms if all(norm in card.norms for card in cards))
+    if not norms:
+        raise BadInput(f"{names}: there is no norm that all of them work in")
+    if any(card.kind == "universal" for card in cards):
+        raise BadInput(f"{names}: a universal perturbation is fitted beforehand and joins no other attack")
+    card = Card(
+        name=names,
+        title=" | ".join(card.title for card in cards),
+        family=cards[0].family,
+        kind="ensemble",
+        paper=", ".join(dict.fromkeys(card.paper for card in cards)),
+        access=max(card.access for card in cards),
+        norms=norms,
+        seeks="minimum" if all(card.seeks == "minimum" for card in cards) else "success",
+        summary=f"{len(parts)} attacks, one after another.",
+        targeted=all(card.targeted for card in cards),
+    )
+    return Attack(Method(card, _in_turn), {UNITED: parts})
+
+
+def _in_turn(*, parts: tuple[Attack, ...]) -> tuple[Attack, ...]:
+    return parts
 
 
 @cache
@@ -232,9 +285,31 @@ def method(name: str) -> Method[Any]:
 
 
 def make(name: str, **options: Any) -> Attack:
-    """The attack with those options; strings, as from a command line, are read by the option's type."""
-    chosen = method(name)
-    return chosen(**{key: _read(chosen.card, key, value) for key, value in options.items()})
+    """The attack with those options; strings, as from a command line, are read by the option's type.
+
+    ``a|b`` names a `union`; each part takes the options that it has.
+    """
+    return union(
+        *(
+            part(**{key: _read(part.card, key, value) for key, value in own.items()})
+            for part, own in parts_of(name, options)
+        )
+    )
+
+
+def parts_of(name: str, options: Mapping[str, Any]) -> list[tuple[Method[Any], dict[str, Any]]]:
+    """The methods that ``a|b`` names, each with those of ``options`` that it has; one alone gets all.
+
+    Raises:
+        BadInput: no such method, or none of several has an option.
+    """
+    parts = [method(part.strip()) for part in name.split("|")]
+    if len(parts) == 1:
+        return [(parts[0], dict(options))]
+    for key in options:
+        if not any(key in part.card.options for part in parts):
+            raise BadInput(f"none of {name} has an option {key!r}")
+    return [(part, {k: v for k, v in options.items() if k in part.card.options}) for part in parts]
 
 
 def _read(card: Card, key: str, value: Any) -> Any:

@@ -53,7 +53,10 @@ class Oracle(Protocol):
         ...
 
     def jacobian(self, x: Tensor, classes: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Scores (m, all classes) and the gradients (m, k, c, h, w) of those in ``classes`` (m, k)."""
+        """Scores (m, all classes) and the gradients (m, k, c, h, w) of those in ``classes`` (m, k).
+
+        One class beyond the last stands for the sum of all scores. Needs GRADIENTS.
+        """
         ...
 
     def toward(self, classes: Tensor) -> Oracle:

@@ -16,7 +16,10 @@ from besiege.core.errors import BadInput
 Loss = Literal["ce", "margin", "dlr", "probability", "houdini"]
 LOSSES: tuple[str, ...] = get_args(Loss)
 INF = math.inf
-NORM_NAMES = {0.0: "l0", 1.0: "l1", 2.0: "l2", INF: "linf"}
+Norm = float | str
+"""The order of a norm, or the name of a region that stands in place of a norm's ball (`besiege.regions`)."""
+
+NORM_NAMES: dict[Norm, str] = {0.0: "l0", 1.0: "l1", 2.0: "l2", INF: "linf", "wasserstein": "wasserstein"}
 
 
 class Access(IntEnum):
@@ -136,14 +139,14 @@ class Ball:
     """The images within ``eps`` of the original in norm 0, 1, 2 or inf, and in [0, 1].
 
     Distances are in pixel units of [0, 1]; norm 0 counts pixels, all channels of one together. ``eps`` may
-    be a tensor (n,), one radius an image.
+    be a tensor (n,), one radius an image. A region with a name of its own for a norm answers the same questions.
     """
 
-    norm: float
+    norm: Norm
     eps: float | Tensor
 
     def __post_init__(self) -> None:
-        if self.norm not in NORM_NAMES:
+        if self.norm not in NORM_NAMES or (isinstance(self.norm, str) and type(self) is Ball):
             raise BadInput(f"norm {self.norm} is unknown; use one of 0, 1, 2, inf")
         if not isinstance(self.eps, Tensor) and not self.eps > 0:
             raise BadInput(f"eps must be above 0, not {self.eps}")
@@ -152,7 +155,7 @@ class Ball:
     def parse(cls, text: str) -> Ball:
         """``linf:8/255`` or ``l2:0.5``."""
         name, _, eps = text.partition(":")
-        norms = {v: k for k, v in NORM_NAMES.items()}
+        norms = {v: k for k, v in NORM_NAMES.items() if not isinstance(k, str)}
         if name.strip().lower() not in norms:
             raise BadInput(f"threat {text!r} names no norm; write for example linf:8/255 or l2:0.5")
         return cls(norms[name.strip().lower()], number(eps))

@@ -133,7 +133,7 @@ def evade(
             if queries is None or queries != threat.queries:
                 _settle(meter, target)
         out.take(rows, meter)
-    within = out.distance <= threat_eps(threat.ball) * (1 + 1e-6) + 1e-7
+    within = out.distance <= threat.ball.reach
     success = out.found & within
     return Outcome(
         attack=str(attack),
@@ -269,6 +269,7 @@ def _run(
     """One method, or the parts of an ensemble one after another on the same books."""
     if attack.card.kind == "ensemble":
         for part in attack.bound()():
+            meter.all_rows()
             _run(part, meter, index, seed, lens, starts, notes)
         return
     rng = Rng.of(seed, index, attack.name)
@@ -283,7 +284,6 @@ def _run(
             meter.is_adversarial(last)
     except Finished:
         pass
-    meter.all_rows()
 
 
 def _search(attack: Attack, meter: Meter, rng: Rng, starts: Tensor | None, notes: list[str]) -> None:

@@ -90,7 +90,7 @@ def summarize(
     """The facts of one cell; ``threat`` is the radius to be judged by, by default the outcome's own."""
     threat = threat or outcome.threat
     eps = float(threat.ball.eps)
-    success = verdict.success & (verdict.distance <= eps * (1 + 1e-6) + 1e-7)
+    success = verdict.success & (verdict.distance <= threat.ball.reach)
     rows = Rows(
         index=images.index.tolist(),
         label=outcome.label.tolist(),
@@ -107,7 +107,7 @@ def summarize(
     figured = figures(rows, int(verdict.noise.sum()))
     return Record(
         attack=attack.name,
-        options=dict(attack.arguments),
+        options=attack.recorded(),
         title=attack.card.title,
         family=attack.card.family,
         paper=attack.card.paper,

@@ -14,7 +14,7 @@ from besiege.report.pictures import data_uri
 from besiege.results.audit import Audit
 from besiege.results.record import Record
 
-NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
+NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "wasserstein": "Wasserstein"}
 BEYOND = (
     "Attacks that transfer from another model, and attacks adapted to a defense of this model.",
     "Changes that are small to the eye but not in a norm: rotations, colours, shadows, stickers, universal patches.",

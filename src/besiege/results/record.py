@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from besiege.results.interval import wilson
 
-Norm = Literal["l0", "l1", "l2", "linf"]
+Norm = Literal["l0", "l1", "l2", "linf", "wasserstein"]
 AccessName = Literal["labels", "scores", "gradients", "weights"]
 Interval = tuple[float, float]
 
@@ -160,7 +160,7 @@ def joined(parts: Sequence[Record]) -> Record:
 
 
 def ball_text(norm: str, eps: float | None) -> str:
-    """``linf:8/255``, ``l2:0.5``; the norm alone where there is no radius."""
+    """``linf:8/255``, ``l2:0.5``, ``wasserstein:0.1``; the norm alone where there is no radius."""
     if eps is None:
         return norm
     levels = eps * 255

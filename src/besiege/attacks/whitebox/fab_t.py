@@ -9,7 +9,7 @@ from besiege.attacks.whitebox.apgd_t import rivals
 from besiege.core.method import evasion
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
-from besiege.core.threat import INF, Ball, rowwise
+from besiege.core.threat import INF, Ball, Norm, rowwise
 
 
 @evasion("FAB-T", paper="arXiv:1907.02044", norms=(1, 2, INF), seeks="minimum")
@@ -53,7 +53,7 @@ def _approach(oracle: Oracle, x: Tensor, ball: Ball, steps: int, overshoot: floa
     oracle.is_adversarial(adv)
 
 
-def to_plane(x: Tensor, slope: Tensor, gap: Tensor, norm: float) -> Tensor:
+def to_plane(x: Tensor, slope: Tensor, gap: Tensor, norm: Norm) -> Tensor:
     """The shortest step in ``norm`` that stays in [0, 1] and changes ``slope * x`` by ``-gap`` (n,).
 
     Where none does, the step that comes closest.

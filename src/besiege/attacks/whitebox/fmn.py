@@ -10,9 +10,9 @@ from torch import Tensor
 from besiege.core.method import evasion
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
-from besiege.core.threat import INF, Ball, rowwise
+from besiege.core.threat import INF, Ball, Norm, rowwise
 
-DUAL = {1: INF, 2: 2, INF: 1}
+DUAL: dict[Norm, Norm] = {1: INF, 2: 2, INF: 1}
 
 
 @evasion("FMN", paper="arXiv:2102.12827", norms=(0, 1, 2, INF), seeks="minimum")
