@@ -173,6 +173,7 @@ def test_check_says_what_it_sees(place: Path, capsys: pytest.CaptureFixture[str]
     said = json.loads(capsys.readouterr().out)
     assert said["clean_accuracy"] == pytest.approx(29 / 30) and said["parameters"] == 147
     assert (said["answers"], said["deterministic"], said["shape"], said["classes"]) == ("logits", True, [3, 4, 4], 3)
+    assert [check["name"] for check in said["checks"] if check["passed"]][:2] == ["repeatable", "batch-independent"]
     assert run(["check", *NET]) == 0
     assert "96.7 %" in capsys.readouterr().out
 

@@ -21,7 +21,7 @@ from besiege.core.threat import INF, Access, Ball, Goal
 from besiege.data import open_images
 from besiege.embedded.networks import load
 from besiege.targets import Preprocessing, expects, from_callable, from_module, open_target
-from besiege.targets.check import alternatives, chance_warning, throughput
+from besiege.targets.check import alternatives, feeding_warning, throughput
 from besiege.targets.preprocessing import Front
 
 NETWORK = """
@@ -531,16 +531,23 @@ def relabelled(order):
 
 def test_chance_level_is_warned_of_with_its_cause():
     images = open_images(limit=200)
-    assert chance_warning(open_target(), images) is None
-    assert "the range 0 to 255 it is right on 9" in chance_warning(fed(lambda x: x / 255 * 0.998), images)
-    assert "inverted" in chance_warning(fed(lambda x: 1 - x), images)
-    assert "no normalization" in chance_warning(fed(lambda x: x, mean=(100.0,), std=(0.1,)), images)
-    assert "one too low" in chance_warning(relabelled([*range(1, 10), 0]), images)
-    assert "one too high" in chance_warning(relabelled([9, *range(9)]), images)
-    assert "another order" in chance_warning(relabelled([3, 5, 7, 9, 1, 8, 0, 2, 4, 6]), images)
-    assert "inverted" in chance_warning(fed(lambda x: 1 - x), images[:20])
-    sentence = chance_warning(from_module(small(), (1, 28, 28), name="net"), images)
+    assert feeding_warning(open_target(), images) is None
+    assert "the range 0 to 255 it is right on 9" in feeding_warning(fed(lambda x: x / 255 * 0.998), images)
+    assert "inverted" in feeding_warning(fed(lambda x: 1 - x), images)
+    assert "no normalization" in feeding_warning(fed(lambda x: x, mean=(100.0,), std=(0.1,)), images)
+    assert "one too low" in feeding_warning(relabelled([*range(1, 10), 0]), images)
+    assert "one too high" in feeding_warning(relabelled([9, *range(9)]), images)
+    assert "another order" in feeding_warning(relabelled([3, 5, 7, 9, 1, 8, 0, 2, 4, 6]), images)
+    assert "inverted" in feeding_warning(fed(lambda x: 1 - x), images[:20])
+    sentence = feeding_warning(from_module(small(), (1, 28, 28), name="net"), images)
     assert sentence.startswith("net is right on") and "check weights" in sentence
+
+
+@pytest.mark.parametrize(("std", "right"), [(10.0, 32), (8.0, 70), (5.0, 142)])
+def test_a_better_way_of_feeding_is_named_above_chance_too(std, right):
+    victim, images = fed(lambda x: x, mean=(0.0,), std=(std,)), open_images(limit=200)
+    sentence = "net is right on {} of 200 images, but with no normalization it is right on 98%"
+    assert feeding_warning(victim, images) == sentence.format(right)
 
 
 def test_alternatives_skip_what_the_network_cannot_take():

@@ -3,13 +3,23 @@
 After Athalye et al. 2018 (arXiv:1802.00420), Carlini et al. 2019 (arXiv:1902.06705), the flags of AutoAttack
 (Croce & Hein 2020, arXiv:2003.01690) and the indicators of attack failure of Pintor et al. 2022
 (arXiv:2106.09947). Each check returns one line: what was measured and whether it is as it should be.
+
+Of these, `blackbox_is_weaker` and `larger_eps_is_stronger` need what an audit measured; that noise fails and that
+every claim is confirmed is checked on its records (`besiege.results.checks`). A silent success (the attack passed
+an adversarial example and returned another image) cannot happen here: the meter keeps the best image that it saw.
+Whether images made on another model transfer is not asked.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +39,30 @@ from besiege.results.checks import Check
 STABLE = 1e-4
 """Two passes over the same images may differ by this much, relative to the scores' spread."""
 
+BACKWARD = {torch.autograd.grad.__code__, torch.autograd.backward.__code__}
+"""What every pass back goes through."""
 
-def check_target(target: Target, images: Images, ball: Ball, seed: int = 0) -> list[Check]:
-    """Every check that needs nothing but the model and a few images that it classifies correctly."""
+
+def check_passes(target: Target, images: Images, ball: Ball, seed: int = 0) -> list[Check]:
+    """What a few passes tell of how a target answers and of the slope of its loss; no attack is run."""
     with target.ready():
         checks = [repeatable(target, images)]
         if checks[0].passed:
             checks.append(batch_independent(target, images))
+        checks.append(plain_forward(target, images))
+        if target.access >= Access.SCORES:
+            checks.append(logits(target, images))
         if target.access >= Access.GRADIENTS:
+            checks += [gradients_alive(target, images), smooth(target, images, ball, seed)]
+    return checks
+
+
+def check_target(target: Target, images: Images, ball: Ball, seed: int = 0) -> list[Check]:
+    """Every check that needs nothing but the model and a few images that it classifies correctly."""
+    checks = check_passes(target, images, ball, seed)
+    if target.access >= Access.GRADIENTS:
+        with target.ready():
             checks += [
-                gradients_alive(target, images),
-                smooth(target, images, seed),
                 iterating_helps(target, images, ball, seed),
                 unbounded_succeeds(target, images, seed),
                 converged(target, images, ball, seed),
@@ -73,33 +96,61 @@ def batch_independent(target: Target, images: Images) -> Check:
     )
 
 
-def gradients_alive(target: Target, images: Images) -> Check:
-    """The share of images whose cross-entropy gradient vanishes in the target's precision."""
-    _, grad = _meter(target, images).gradient(images.x, "ce")
-    dead = float((grad.flatten(1).abs().amax(1) < 1e-20).double().mean())
+def plain_forward(target: Target, images: Images) -> Check:
+    """A target that optimizes while it answers purifies its input or adapts to it, and misleads gradients."""
+    with _calls() as seen:
+        target.scores(images.x[:2])
+    back = len(BACKWARD & seen)
     return _check(
-        "gradients",
-        dead <= 0.05,
-        f"{dead:.0%} of {len(images)} images have a zero or non-finite gradient of the cross-entropy",
-        "gradients are masked: attack the logits (loss margin or dlr), use bpda, or trust query attacks",
+        "plain forward",
+        not back,
+        "a forward pass takes no gradient of its own" if not back else "the forward pass calls autograd itself",
+        "the target optimizes at test time: attack it end to end (bpda, or queries), not through its last pass",
     )
 
 
-def smooth(target: Target, images: Images, seed: int, points: int = 20) -> Check:
-    """How well the gradient foretells the loss along itself; a shattered one says nothing."""
-    x = images.x
+def logits(target: Target, images: Images) -> Check:
+    """The losses expect logits (log-probabilities are as good), not probabilities."""
+    scores = target.scores(images.x)
+    total = bool((scores >= 0).all()) and bool(((scores.sum(1) - 1).abs() <= 1e-3).all())
+    return _check(
+        "logits",
+        not total,
+        f"the answers to {len(images)} images are {'probabilities' if total else 'no probabilities'}",
+        "probabilities round to 0 and 1 where logits still differ: let the target answer before its softmax",
+    )
+
+
+def gradients_alive(target: Target, images: Images) -> Check:
+    """The share of images whose gradient vanishes, or is no number, in the target's precision."""
     meter = _meter(target, images)
+    losses: tuple[Loss, ...] = ("ce", "margin")
+    dead = [float((_size(meter.gradient(images.x, loss)[1]) < 1e-20).double().mean()) for loss in losses]
+    return _check(
+        "gradients",
+        max(dead) <= 0.05,
+        f"of {len(images)} images {dead[0]:.0%} have a zero or non-finite gradient of the cross-entropy, "
+        f"{dead[1]:.0%} of the margin",
+        "gradients are masked: "
+        + ("attack the logits (loss margin or dlr)" if dead[1] <= 0.05 else "use bpda, or trust query attacks"),
+    )
+
+
+def smooth(target: Target, images: Images, ball: Ball, seed: int, points: int = 20) -> Check:
+    """How well the gradient foretells the loss over an eighth of the radius; a shattered one says nothing.
+
+    A step that reaches the goal is a good one, whatever was foretold.
+    """
+    x, meter = images.x, _meter(target, images)
     value, grad = meter.gradient(x, "margin")
-    size = grad.flatten(1).norm(dim=1)
-    alive = (size > 1e-20) & value.isfinite()
+    step = (x - ball.eps / 8 * ball.steepest(grad)).clamp(0, 1) - x
+    foretold = -(grad * step).flatten(1).sum(1)
+    alive = (_size(grad) > 1e-20) & (foretold > 0)
     if not bool(alive.any()):
         return _check("smooth", False, "no image has a gradient to follow", "gradients are masked: use bpda or queries")
-    step = 1e-2 * math.sqrt(x[0].numel() / 784)
-    direction = grad / size.clamp_min(1e-20).reshape(-1, 1, 1, 1)
-    fall = value - meter.loss((x - step * direction).clamp(0, 1), "margin")
-    foretold = step * size
-    ratio = (fall / foretold)[alive]
-    good = float(((ratio > 0.2) & (ratio < 5)).double().mean())
+    after = meter.loss(x + step, "margin")
+    ratio = (value - after) / foretold.clamp_min(1e-20)
+    good = float((((ratio > 0.2) & (ratio < 5)) | (after < 0))[alive].double().mean())
     noise = Rng.of(seed, images.index, "check")
     spread = torch.stack(
         [
@@ -111,7 +162,7 @@ def smooth(target: Target, images: Images, seed: int, points: int = 20) -> Check
     return _check(
         "smooth",
         good >= 0.5 and jump <= 0.5,
-        f"a small step down the gradient lowers the margin as foretold for {good:.0%} of the images; random points "
+        f"a step down the gradient lowers the margin as foretold for {good:.0%} of the images; random points "
         f"within 4/255 change it by {jump:.0%}",
         "the loss is shattered or unstable: use bpda or eot, or trust score- and label-based attacks",
     )
@@ -141,11 +192,13 @@ def unbounded_succeeds(target: Target, images: Images, seed: int) -> Check:
 
 
 def converged(target: Target, images: Images, ball: Ball, seed: int, steps: int = 100) -> Check:
-    """The best loss so far must have stopped falling at the attack's end (incomplete optimization)."""
+    """The best loss so far must have stopped falling at the attack's end (incomplete optimization).
+
+    Once an image's class has less than half of the probability, more is no gain.
+    """
     trace = _Trace(_meter(target, images, ball))
-    rng = Rng.of(seed, images.index, "pgd")
-    pgd.function(trace, images.x, ball, rng, steps=steps)
-    best = torch.stack(trace.losses).cummin(0).values
+    pgd.function(trace, images.x, ball, Rng.of(seed, images.index, "pgd"), steps=steps)
+    best = torch.stack(trace.losses).clamp_min(-math.log(2)).cummin(0).values
     drop = best[0] - best[-1]
     late = (best[-11] - best[-1]) / drop.clamp_min(1e-12)
     share = float((late[drop > 1e-6] > 0.05).double().mean()) if bool((drop > 1e-6).any()) else 0.0
@@ -189,6 +242,27 @@ class _Trace(Lens):
         value, grad = self.oracle.gradient(x, loss, rows)
         self.losses.append(value)
         return value, grad
+
+
+@contextmanager
+def _calls() -> Iterator[set[Any]]:
+    """The code of every Python function that is called while inside."""
+    seen: set[Any] = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        seen.add(frame.f_code)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield seen
+    finally:
+        sys.setprofile(before)
+
+
+def _size(grad: Tensor) -> Tensor:
+    """The largest entry of each image's gradient."""
+    return grad.flatten(1).abs().amax(1)
 
 
 def _meter(target: Target, images: Images, ball: Ball | None = None) -> Meter:

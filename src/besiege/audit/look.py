@@ -8,15 +8,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from besiege.audit.checks import check_passes
 from besiege.audit.plan import BUDGETS, IMAGES, Budget, customary, plan
 from besiege.core.images import Images
 from besiege.core.method import registry
 from besiege.core.target import Target
 from besiege.core.threat import Access
 from besiege.engine.summary import agree
+from besiege.results.checks import Check
 from besiege.results.interval import wilson
 from besiege.results.record import Facts, Interval
-from besiege.targets.check import chance_warning, throughput
+from besiege.targets.check import feeding_warning, throughput
+
+FEW = 16
+"""So many images are asked for gradients."""
 
 
 class Look(Facts):
@@ -43,6 +48,7 @@ class Look(Facts):
     backward_ms: float | None
     batch: int
     costs: dict[str, float]
+    checks: list[Check]
     notes: list[str]
     warnings: list[str]
 
@@ -57,8 +63,9 @@ def look(target: Target, images: Images) -> Look:
     scores = target.scores(images.x)
     right, n = int((scores.argmax(1) == images.y).sum()), len(images)
     again = target.scores(images.x[: target.batch])
+    few = images[(scores.argmax(1) == images.y).nonzero().squeeze(1)[:FEW]]
     forward, both, batch = throughput(target, images)
-    warning = chance_warning(target, images)
+    warning = feeding_warning(target, images)
     return Look(
         target=target.name,
         fingerprint=target.fingerprint,
@@ -78,6 +85,7 @@ def look(target: Target, images: Images) -> Look:
         backward_ms=both - forward if math.isfinite(both) else None,
         batch=batch,
         costs={budget: _cost(target, budget, forward, both) for budget in BUDGETS if IMAGES[budget]},
+        checks=check_passes(target, few, customary(target.shape)[0]) if len(few) else [],
         notes=[*target.notes, *images.notes],
         warnings=[warning] if warning else [],
     )

@@ -10,6 +10,7 @@ from besiege.cli import options as o
 
 if TYPE_CHECKING:
     from besiege.audit.look import Look
+    from besiege.results.checks import Check
 
 
 def check(
@@ -73,10 +74,15 @@ def _print(seen: Look) -> None:
                 + f" backward an image, {seen.batch} at once",
             ),
             ("an audit", f"at most {costs}"),
+            *(("pass" if check.passed else "warn", _said(check)) for check in seen.checks),
             *(("note", text) for text in seen.notes),
             *(("warning", text) for text in seen.warnings),
         ],
     )
+
+
+def _said(check: Check) -> str:
+    return f"{check.name}: {check.evidence}" + ("" if check.passed else f"; {check.advice}")
 
 
 def _minutes(seconds: float) -> str:

@@ -103,9 +103,9 @@ def opened(
 
 def warned(target: Target, images: Images) -> list[str]:
     """What should be known before hours are spent; said on stderr as well."""
-    from besiege.targets.check import chance_warning
+    from besiege.targets.check import feeding_warning
 
-    warning = chance_warning(target, images)
+    warning = feeding_warning(target, images)
     if warning:
         typer.echo(f"warning: {warning}", err=True)
     return [warning] if warning else []

@@ -23,6 +23,9 @@ CHANCE = 1.5
 A few images cannot show that much; of them it is enough that chance lies in the interval and half does not.
 """
 
+WELL = 0.9
+"""A classifier that is right so often is fed as it was trained."""
+
 CLOSE = 0.03
 """Of causes that explain nearly as many images, the first is named: the simplest."""
 
@@ -43,21 +46,28 @@ class Throughput(NamedTuple):
     batch: int
 
 
-def chance_warning(target: Target, images: Images) -> str | None:
-    """A sentence on a classifier that is right no more often than chance, with the likely cause; else nothing."""
+def feeding_warning(target: Target, images: Images) -> str | None:
+    """A sentence on a classifier that is right no more often than chance, or clearly less often than fed otherwise.
+
+    It names the likely cause. Whoever is right on `WELL` of the images is not asked about other ways.
+    """
     n, level = len(images), CHANCE / target.classes
     said = target.labels(images.x)
     right = int((said == images.y).sum())
     low, high = wilson(right, n)
-    if high > level and not (low <= 1 / target.classes and high < 0.5):
+    chance = high <= level or (low <= 1 / target.classes and high < 0.5)
+    if not chance and right >= WELL * n:
         return None
     causes = {f"with {name} it is right on {{:.0%}}": share for name, share in alternatives(target, images).items()}
     causes = _relabelled(said, images.y, target.classes) | causes
     best = max(causes.values())
     cause, share = next((cause, share) for cause, share in causes.items() if share >= best - CLOSE)
-    known = wilson(round(share * n), n)[0] > level
-    cause = cause.format(share) if known else "check weights, labels, mean, std, range and channel order"
-    return f"{target.name} is right on {right} of {n} images, chance among {target.classes} classes: {cause}"
+    least = wilson(round(share * n), n)[0]
+    told = f"{target.name} is right on {right} of {n} images"
+    if chance:
+        known = cause.format(share) if least > level else "check weights, labels, mean, std, range and channel order"
+        return f"{told}, chance among {target.classes} classes: {known}"
+    return f"{told}, but {cause.format(share)}" if least > high else None
 
 
 def alternatives(target: Target, images: Images) -> dict[str, float]:
