@@ -2,6 +2,7 @@
 #   make audit   install besiege into .venv and lay siege to the embedded default; the report is under runs/
 #   make test    install what the tests need and run them
 #   make check   format, lint, types, tests
+#   make test-browser   install Debian's chromium where there is none and look at the report in it
 #   make bench   install the peer libraries into .venv-bench and write docs/benchmarks.md (ONLY=pgd: print one)
 #   make format  let ruff rewrite what it can
 
@@ -10,13 +11,16 @@ JOBS ?= 2
 BIN := .venv/bin
 BENCH := .venv-bench/bin
 
-.PHONY: audit test check format bench clean
+.PHONY: audit test test-browser check format bench clean
 
 audit: .venv/.installed
 	$(BIN)/besiege audit
 
 test: .venv/.dev
 	$(BIN)/pytest -n $(JOBS)
+
+test-browser: .venv/.browser
+	$(BIN)/pytest tests/browser
 
 check: .venv/.dev
 	$(BIN)/ruff format --check .
@@ -44,8 +48,13 @@ clean:
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+%/.browser: %/.dev
+	command -v chromium >/dev/null || { SUDO=$$(command -v sudo || true); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y chromium; }
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	touch $@
+
 %/.peers: %/.installed benchmarks/peers/requirements.txt
 	$(@D)/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt
 	touch $@
 
-.PRECIOUS: %/.installed
+.PRECIOUS: %/.installed %/.dev

@@ -1,18 +1,45 @@
-"""One self-contained page of an audit: no script, no network, one file."""
+"""One self-contained page of an audit: one file, no network; its only script sorts the table."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from besiege.report import atlas
 from besiege.report.pictures import data_uri
-from besiege.results.audit import Audit
+from besiege.results.audit import Audit, Curve
 from besiege.results.record import Record
+
+SORT = """
+for (const head of document.querySelectorAll("th")) {
+  const button = head.querySelector("button");
+  if (!button) continue;
+  button.addEventListener("click", () => {
+    const body = head.closest("table").tBodies[0], column = head.cellIndex;
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const key = (row) => row.cells[column].dataset.key ?? row.cells[column].textContent;
+    const order = (a, b) => key(a).localeCompare(key(b), "en", { numeric: true });
+    const number = (row) => parseFloat(key(row));
+    const rows = [...body.rows], numeric = rows.every((row) => key(row) === "" || !isNaN(number(row)));
+    const worth = (row) => (key(row) === "" ? Infinity : number(row));
+    rows.sort((a, b) => (numeric ? worth(a) - worth(b) : order(a, b)) * (up ? 1 : -1));
+    body.append(...rows);
+  });
+}
+"""
+"""Sorts a table by the column whose head is pressed; the page says all that it says without it."""
+
+PLOT = (44, 12, 540, 200)
+"""Left, top, width and height of a curve's plot in its drawing of 600 by 250."""
 
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "wasserstein": "Wasserstein"}
 BEYOND = (
@@ -37,6 +64,10 @@ def page(audit: Audit, folder: Path) -> str:
         audit=audit,
         groups=groups,
         shown=shown,
+        charts=_charts(audit.curves),
+        plot=PLOT,
+        sort=Markup(SORT),
+        digest=base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode(),
         beyond=BEYOND,
         small=max(audit.shape[1:]) < 100,
         passes=sum(_passes(record, "forward") + _passes(record, "backward") for record in audit.records),
@@ -59,12 +90,34 @@ def _template() -> Template:
         span=_span,
         threat=_threat,
         figure=_figure,
+        key=lambda value: "" if value is None else repr(value),
         gain=lambda value: f"{value:.3g}" if value < 10 else f"{value:.0f}",
         count=_count,
         duration=_duration,
         options=_options,
     )
     return environment.get_template("page.html.j2")
+
+
+def _charts(curves: list[Curve]) -> list[dict[str, Any]]:
+    """One drawing a norm: its largest radius, each curve as points, and what lies within the worst one's interval."""
+    left, top, width, height = PLOT
+    drawn = []
+    for norm in dict.fromkeys(curve.norm for curve in curves):
+        mine = [curve for curve in curves if curve.norm == norm and curve.eps]
+        most = max((curve.eps[-1] for curve in mine), default=0.0)
+        if most <= 0:
+            continue
+
+        def points(eps: list[float], share: list[float], most: float = most) -> str:
+            pairs = zip(eps, share, strict=True)
+            return " ".join(f"{left + width * e / most:.1f},{top + height * (1 - a):.1f}" for e, a in pairs)
+
+        lines = [(curve, points(curve.eps, curve.accuracy)) for curve in mine]
+        last = mine[-1]
+        band = points(last.eps, last.low) + " " + points(last.eps[::-1], last.high[::-1])
+        drawn.append({"norm": norm, "most": most, "lines": lines, "band": band})
+    return drawn
 
 
 def _techniques(records: list[Record]) -> list[tuple[str, str, list[str]]]:
