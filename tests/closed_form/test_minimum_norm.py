@@ -10,9 +10,13 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from besiege.attacks.whitebox.brendel_bethge import brendel_bethge
+from besiege.attacks.whitebox.cw_l0 import cw_l0
 from besiege.attacks.whitebox.cw_l2 import cw_l2
+from besiege.attacks.whitebox.cw_linf import cw_linf
 from besiege.attacks.whitebox.ddn import ddn
 from besiege.attacks.whitebox.deepfool import deepfool
+from besiege.attacks.whitebox.ead import ead
 from besiege.attacks.whitebox.fmn import fmn
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
@@ -30,6 +34,12 @@ ALL = [
     (fmn(), 1, 1.25),
     (fmn(), 2, 1.02),
     (fmn(), INF, 1.02),
+    (cw_linf(), INF, 1.05),
+    (ead(), 1, 1.2),
+    (ead(), 2, 1.02),
+    (brendel_bethge(), 1, 1.2),
+    (brendel_bethge(), 2, 1.02),
+    (brendel_bethge(), INF, 1.02),
 ]
 L2 = [attack for attack, norm, _ in ALL if norm == 2]
 TARGETED = [(attack, norm, factor) for attack, norm, factor in ALL if attack.card.targeted]
@@ -125,7 +135,7 @@ def constrained(target: Target, images: Images, row: int) -> float:
     return best
 
 
-@pytest.mark.parametrize(("attack", "factor"), list(zip(L2, (1.5, 1.02, 1.25, 1.02), strict=True)), ids=str)
+@pytest.mark.parametrize(("attack", "factor"), list(zip(L2, (1.5, 1.02, 1.25, 1.02, 1.02, 1.02), strict=True)), ids=str)
 def test_the_nearest_point_of_the_box_where_the_box_binds(attack: Attack, factor: float) -> None:
     target, images = linear(3, spread=4.0)
     assert float(((images.x == 0) | (images.x == 1)).float().mean()) > 0.5
@@ -137,11 +147,12 @@ def test_the_nearest_point_of_the_box_where_the_box_binds(attack: Attack, factor
     assert float((outcome.distance / exact).max()) <= factor
 
 
-def test_fmn_changes_the_fewest_pixels() -> None:
+@pytest.mark.parametrize("attack", [fmn(), cw_l0(), brendel_bethge()], ids=str)
+def test_the_fewest_pixels_are_changed(attack: Attack) -> None:
     target, images = linear(2, (3, 5, 4))
     assert isinstance(target.module, nn.Sequential)
     weight, scores = target.module[1].weight.detach(), target.scores(images.x)
-    outcome = siege(fmn(), target, images, 0)
+    outcome = siege(attack, target, images, 0)
     for row, (x, own) in enumerate(zip(images.x, images.y.tolist(), strict=True)):
         slope = (weight[own] - weight[1 - own]).view_as(x)
         gain = torch.maximum(slope * x, slope * (x - 1)).sum(0).flatten().sort(descending=True).values
@@ -175,6 +186,40 @@ def test_cw_as_in_the_paper_and_as_mended() -> None:
     mended = siege(cw_l2(), target, images, 2)
     assert float((paper.distance / exact).max()) <= 1.05
     assert float((mended.distance / exact).max()) <= 1.02
+    assert float(mended.forward.double().mean()) < 0.2 * float(paper.forward.double().mean())
+
+
+@pytest.mark.parametrize(
+    ("mended", "paper", "norm", "factor"),
+    [
+        (cw_linf(), cw_linf(opening=0, steps=200, lr=0.005, doublings=21, precision=1.0, least=1 / 256), INF, 1.15),
+        (ead(), ead(searches=6, steps=300, stride=0.01, beta=1e-3), 1, 1.6),
+        (ead(), ead(searches=6, steps=300, stride=0.01, beta=1e-3), 2, 1.15),
+        (
+            brendel_bethge(),
+            brendel_bethge(steps=1000, opening=0, depth=0, region=1e-3, halvings=20, momentum=0.8),
+            2,
+            1.3,
+        ),
+    ],
+    ids=str,
+)
+def test_the_mended_way_is_no_further_than_the_papers(
+    mended: Attack, paper: Attack, norm: float, factor: float
+) -> None:
+    target, images = linear(3)
+    exact = distances(target, images, norm).amin(1)
+    near, far = (siege(attack, target, images, norm) for attack in (mended, paper))
+    assert float((far.distance / exact).max()) <= factor
+    assert float(near.distance.mean()) <= 1.01 * float(far.distance.mean())
+    assert float(near.forward.double().mean()) <= float(far.forward.double().mean())
+
+
+def test_cw_l0_as_in_the_paper() -> None:
+    target, images = linear(2, (3, 5, 4))
+    paper = siege(cw_l0(share=0.3, opening=0, steps=100, lr=0.01, doublings=31), target, images, 0)
+    mended = siege(cw_l0(), target, images, 0)
+    assert bool((paper.distance <= mended.distance + 3).all())
     assert float(mended.forward.double().mean()) < 0.2 * float(paper.forward.double().mean())
 
 

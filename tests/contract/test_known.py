@@ -39,7 +39,7 @@ def test_the_minimum_on_a_linear_model(name, norm, classes):
     outcome = fire(name, norm, toy, attack=thorough(name), queries=2000)
     assert bool(outcome.success.all())
     assert bool((outcome.distance.double() >= least * (1 - 1e-5) - 1e-6).all())
-    slack = 1 if norm == 0 else 0
+    slack = 2 if norm == 0 else 0
     assert bool((outcome.distance.double() <= least * FACTOR[CARDS[name].access] + slack).all())
 
 
@@ -61,7 +61,7 @@ def test_a_class_of_choice_on_a_linear_model(name, norm):
     least = toy.needed(norm, goal=2)
     if card.seeks == "minimum":
         outcome = fire(name, norm, toy, target_class=2, attack=thorough(name), starts=toy.starts(), queries=2000)
-        slack = 1 if norm == 0 else 0
+        slack = 2 if norm == 0 else 0
         assert bool((outcome.distance.double() <= least * FACTOR[card.access] * 1.1 + slack).all())
     else:
         eps = float(least.max()) * ENOUGH[card.access] * 1.2
@@ -80,7 +80,7 @@ def test_pixels_at_zero_and_one_can_move(name, norm):
     outcome = fire(name, norm, toy, eps=eps, attack=thorough(name), queries=2000)
     assert bool(outcome.success.all())
     if card.seeks == "minimum":
-        slack = 1 if norm == 0 else 0
+        slack = 2 if norm == 0 else 0
         assert bool((outcome.distance.double() <= 1.1 * FACTOR[card.access] * least + slack).all())
 
 

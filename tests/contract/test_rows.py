@@ -9,7 +9,7 @@ import torch
 from toys import CARDS, EPS, Watch, cases, curved, differences, fire, names_in, pairs
 
 from besiege.core.rng import Rng, Stream
-from besiege.core.threat import NORM_NAMES
+from besiege.core.threat import NORM_NAMES, Access
 from besiege.engine import evasion
 from besiege.engine.judge import judge
 from besiege.regions import within
@@ -70,7 +70,9 @@ def test_a_seed_decides_every_draw(name, norm, monkeypatch):
     random = bool(drawn)
     torch.manual_seed(2)
     assert differences(fire(name, norm, toy, seed=3), one) == []
-    assert torch.equal(fire(name, norm, toy, seed=4).adv, one.adv) == (not random)
+    equal = torch.equal(fire(name, norm, toy, seed=4).adv, one.adv)
+    spare = CARDS[name].start and CARDS[name].access == Access.GRADIENTS  # a start is drawn, and seldom needed
+    assert equal != random or spare
 
 
 @pytest.mark.parametrize(("name", "norm"), cases())

@@ -1,4 +1,4 @@
-"""What Carlini & Wagner's attacks and the elastic net share: Adam in tanh space, and the search for c."""
+"""What Carlini & Wagner's attacks and the elastic net share: Adam in tanh space, searches for c, an opening."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from besiege.core.threat import INF, rowwise
+from besiege.attacks.whitebox.apgd_t import rivals
+from besiege.attacks.whitebox.fmn import fmn
+from besiege.core.oracle import Oracle
+from besiege.core.rng import Rng
+from besiege.core.threat import INF, Ball, rowwise
 
 
 class Walk:
@@ -58,3 +62,48 @@ def bisected(
             rows = rows[gained | ~nearest[rows].isfinite()]
             if not len(rows):
                 return
+
+
+def raised(
+    oracle: Oracle,
+    start: Tensor,
+    c: Tensor,
+    lr: Tensor,
+    rows: Tensor,
+    steps: int,
+    doublings: int,
+    shown: Callable[[Tensor, Tensor], Tensor],
+    judged: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Walk from ``start`` until each image is solved; c doubles, ``doublings`` times, after ``steps`` without that.
+
+    ``shown(image, at)`` is what is asked about, for the images ``at`` of ``rows``; ``judged(adv, margin, grad, c, at)``
+    the objective's gradient, and which are solved. Returns which were, what solved them, the margin's gradient
+    there, and each one's c.
+    """
+    found, near, slope, c = torch.zeros_like(rows, dtype=torch.bool), start.clone(), torch.zeros_like(start), c.clone()
+    walk, at = Walk(start), torch.arange(len(rows), device=rows.device)
+    for i in range(steps * (doublings + 1)):
+        if i and i % steps == 0:
+            c[at] *= 2
+        adv = shown(walk.image, at)
+        margin, grad = oracle.gradient(adv, "margin", rows[at])
+        down, won = judged(adv, margin, grad, c[at], at)
+        walk.step(down, lr[at])
+        if bool(won.any()):
+            found[at[won]], near[at[won]], slope[at[won]] = True, adv[won], grad[won]
+            walk.keep(~won)
+            at = at[~won]
+            if not len(at):
+                break
+    return found, near, slope, c
+
+
+def opened(oracle: Oracle, x: Tensor, ball: Ball, rng: Rng, steps: int, targets: int) -> Tensor:
+    """The nearest of the points where ``steps`` of FMN toward each of the ``targets`` highest other classes end."""
+    ends = [
+        fmn.function(oracle.toward(target), x, ball, rng, steps=steps)
+        for target in rivals(oracle, x, targets).unbind(1)
+    ]
+    nearest = torch.stack([ball.distance(end, x) for end in ends]).argmin(0)
+    return torch.stack(ends, 1)[torch.arange(len(x), device=x.device), nearest]

@@ -38,7 +38,7 @@ def fmn(
     found = torch.zeros_like(eps, dtype=torch.bool)
     for i in range(steps):
         early = i < opening * steps
-        gap, grad = _gap_to_all(oracle, adv) if early else oracle.gradient(adv)
+        gap, grad = gap_to_all(oracle, adv) if early else oracle.gradient(adv)
         won, size = gap < 0, ball.distance(adv, x)
         if not early:
             found |= won
@@ -58,7 +58,7 @@ def fmn(
     return adv
 
 
-def _gap_to_all(oracle: Oracle, adv: Tensor) -> tuple[Tensor, Tensor]:
+def gap_to_all(oracle: Oracle, adv: Tensor) -> tuple[Tensor, Tensor]:
     """log(p / (1 - p)) and its gradient; below zero once the image's class has less than half of the probability."""
     value, grad = oracle.gradient(adv, "ce")
     log_p = -value if oracle.goal.targeted else value
