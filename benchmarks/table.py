@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.cases import CASES, CLAIMS, OURS, Case, Result, overhead
+from benchmarks.cases import CASES, CLAIMS, OURS, PAPER, Case, Result, overhead
 from benchmarks.networks import bench
 from besiege.bench.measure import Failure, Figures, contender, race
 from besiege.core.errors import BadInput, nearest
@@ -107,6 +107,8 @@ def measure(case: Case, images: int, repeat: int, command: str, tell: Callable[[
     """One race."""
     target, chosen = bench(case.network, min(images, case.images or images))
     contenders = {OURS: contender(case.attack, target, case.model), **peers.contenders(case.name, case.shared)}
+    if case.published:
+        contenders[PAPER] = contender(case.published, target, case.model)
     laps = min(repeat, case.laps or repeat)
     found = race(
         contenders,
@@ -198,7 +200,7 @@ def section(result: Result) -> list[str]:
 
 def _claims(results: Sequence[Result]) -> list[str]:
     lines = []
-    by_name = {result.case.name: result for result in results}
+    by_name = {name: result for result in results for name in (result.case.name, result.case.key)}
     for claim in CLAIMS:
         if claim.name not in by_name:
             continue

@@ -9,6 +9,8 @@ from art.attacks import evasion as e
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
+from besiege.core.threat import Norm
+
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     return _run(e.FastGradientMethod(_classifier(model, x), eps=eps, batch_size=len(x)), x, y)
@@ -52,6 +54,27 @@ def apgd(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, steps: int) -> T
 def cw_l2(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Its own 10 searches of 10 steps: each step searches a line, and a thousand steps take hours."""
     return _run(e.CarliniL2Method(_classifier(model, x), batch_size=len(x), verbose=False), x, y)
+
+
+def cw_linf(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return _run(e.CarliniLInfMethod(_classifier(model, x), batch_size=len(x), verbose=False), x, y)
+
+
+def cw_l0(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return _run(e.CarliniL0Method(_classifier(model, x), batch_size=len(x), verbose=False), x, y)
+
+
+def ead(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps: int, searches: int, beta: float) -> Tensor:
+    attack = e.ElasticNet(
+        _classifier(model, x),
+        max_iter=steps,
+        binary_search_steps=searches,
+        beta=beta,
+        decision_rule={1: "L1", 2: "EN"}[norm],
+        batch_size=len(x),
+        verbose=False,
+    )
+    return _run(attack, x, y)
 
 
 def deepfool(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import foolbox as fb
 from torch import Tensor, nn
 
+from besiege.core.threat import INF, Norm
+
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     return _run(fb.attacks.LinfFastGradientAttack(), model, x, y, eps)
@@ -37,6 +39,17 @@ def ddn(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
 
 def newtonfool(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
     return _run(fb.attacks.NewtonFoolAttack(steps=steps), model, x, y, None)
+
+
+def ead(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps: int, searches: int, beta: float) -> Tensor:
+    rule = {1: "L1", 2: "EN"}[norm]
+    attack = fb.attacks.EADAttack(binary_search_steps=searches, steps=steps, regularization=beta, decision_rule=rule)
+    return _run(attack, model, x, y, None)
+
+
+def brendel_bethge(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps: int) -> Tensor:
+    name = {0: "L0", 1: "L1", 2: "L2", INF: "Linf"}[norm]
+    return _run(getattr(fb.attacks, f"{name}BrendelBethgeAttack")(steps=steps), model, x, y, None)
 
 
 def hopskipjump(model: nn.Module, x: Tensor, y: Tensor, *, rounds: int) -> Tensor:

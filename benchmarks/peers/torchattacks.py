@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import register_torchvision
+from besiege.core.threat import Norm
 
 register_torchvision()
 import torchattacks as ta
@@ -34,6 +35,11 @@ def cw_l2(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
 
 def deepfool(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return ta.DeepFool(model)(x, y)
+
+
+def ead(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps: int, searches: int, beta: float) -> Tensor:
+    attack = {1: ta.EADL1, 2: ta.EADEN}[norm]
+    return attack(model, max_iterations=steps, binary_search_steps=searches, beta=beta)(x, y)
 
 
 def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
