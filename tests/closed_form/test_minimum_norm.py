@@ -18,6 +18,7 @@ from besiege.attacks.whitebox.ddn import ddn
 from besiege.attacks.whitebox.deepfool import deepfool
 from besiege.attacks.whitebox.ead import ead
 from besiege.attacks.whitebox.fmn import fmn
+from besiege.attacks.whitebox.lbfgs import lbfgs
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
 from besiege.core.method import Attack
@@ -37,6 +38,7 @@ ALL = [
     (cw_linf(), INF, 1.05),
     (ead(), 1, 1.2),
     (ead(), 2, 1.02),
+    (lbfgs(), 2, 1.02),
     (brendel_bethge(), 1, 1.2),
     (brendel_bethge(), 2, 1.02),
     (brendel_bethge(), INF, 1.02),
@@ -135,7 +137,9 @@ def constrained(target: Target, images: Images, row: int) -> float:
     return best
 
 
-@pytest.mark.parametrize(("attack", "factor"), list(zip(L2, (1.5, 1.02, 1.25, 1.02, 1.02, 1.02), strict=True)), ids=str)
+@pytest.mark.parametrize(
+    ("attack", "factor"), list(zip(L2, (1.5, 1.02, 1.25, 1.02, 1.02, 1.02, 1.02), strict=True)), ids=str
+)
 def test_the_nearest_point_of_the_box_where_the_box_binds(attack: Attack, factor: float) -> None:
     target, images = linear(3, spread=4.0)
     assert float(((images.x == 0) | (images.x == 1)).float().mean()) > 0.5
@@ -195,6 +199,7 @@ def test_cw_as_in_the_paper_and_as_mended() -> None:
         (cw_linf(), cw_linf(opening=0, steps=200, lr=0.005, doublings=21, precision=1.0, least=1 / 256), INF, 1.15),
         (ead(), ead(searches=6, steps=300, stride=0.01, beta=1e-3), 1, 1.6),
         (ead(), ead(searches=6, steps=300, stride=0.01, beta=1e-3), 2, 1.15),
+        (lbfgs(), lbfgs(opening=0, steps=1000, searches=9), 2, 1.15),
         (
             brendel_bethge(),
             brendel_bethge(steps=1000, opening=0, depth=0, region=1e-3, halvings=20, momentum=0.8),

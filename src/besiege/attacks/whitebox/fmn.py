@@ -58,9 +58,9 @@ def fmn(
     return adv
 
 
-def gap_to_all(oracle: Oracle, adv: Tensor) -> tuple[Tensor, Tensor]:
+def gap_to_all(oracle: Oracle, adv: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log(p / (1 - p)) and its gradient; below zero once the image's class has less than half of the probability."""
-    value, grad = oracle.gradient(adv, "ce")
+    value, grad = oracle.gradient(adv, "ce", rows)
     log_p = -value if oracle.goal.targeted else value
     other = (-torch.expm1(log_p)).clamp_min(1e-30)
     gap = log_p - other.log()
