@@ -1,0 +1,89 @@
+"""Universal perturbations as published and as mended, beside random noise of the same norm, on held-out images.
+
+``python -m benchmarks.universal > docs/universal.md`` tells on stderr how far it is and prints the page at the end.
+Needs the shared data; about ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+
+from benchmarks.networks import mnist, resnet20, robust_net
+from benchmarks.prepare import mosaics
+from besiege.core.images import Images
+from besiege.core.method import Attack, make
+from besiege.core.target import Target
+from besiege.core.threat import INF, Access, Ball, ThreatModel
+from besiege.engine.evasion import evade
+
+PAGE = """# Universal perturbations
+
+One perturbation for all images, fitted on {fitted} and judged on {judged} others: the share that leaves the class
+which the network gave the clean image (targeted: the share of the others that reaches the class). Beside it random
+signs of the same size, and what the fitting cost: forward and backward passes, a fitting image, and CPU seconds for
+all. In one process on one thread: `python -m benchmarks.universal`.
+
+| network, radius | method | share | random signs | forward | backward | CPU s |
+|---|---|---:|---:|---:|---:|---:|"""
+
+METHODS = (
+    ("as in the paper", make("uap", search="deepfool", batch=1), None),
+    ("the paper's loop, batched", make("uap", search="deepfool"), None),
+    ("default", make("uap"), None),
+    ("as in the paper", make("targeted-uap", search="fgsm", batch=1), 3),
+    ("the paper's loop, batched", make("targeted-uap", search="fgsm"), 3),
+    ("default", make("targeted-uap"), 3),
+)
+
+
+def row(
+    target: Target, training: Images, judged: Images, eps: float, name: str, attack: Attack, goal: int | None
+) -> str:
+    """One line of the table."""
+    judged = Images.of(judged.x, target.labels(judged.x))
+    threat = ThreatModel(Access.GRADIENTS, Ball(INF, eps), targeted=goal is not None)
+    began = time.process_time()
+    found = evade(attack, target, judged, threat, training=training, target_class=goal)
+    spent = time.process_time() - began
+    draws = torch.Generator().manual_seed(0)
+    noise = eps * torch.randint(0, 2, (1, *judged.shape), generator=draws).mul(2).sub(1)
+    labels = target.labels((judged.x + noise).clamp(0, 1))
+    hit = (labels != judged.y if goal is None else labels == goal)[found.attacked]
+    aim = "" if goal is None else f" to class {goal}"
+    return (
+        f"| {target.name}, {round(eps * 255)}/255 | {attack.name}{aim}, {name} "
+        f"| {found.success[found.attacked].float().mean():.3f} | {hit.float().mean():.3f} "
+        f"| {found.setup_forward / len(training):.1f} | {found.setup_backward / len(training):.1f} | {spent:.1f} |"
+    )
+
+
+def main() -> None:
+    """Print the page."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.universal", description=__doc__)
+    parser.add_argument("-n", "--images", type=int, default=500, help="to fit on; twice as many are judged")
+    n = parser.parse_args().images
+    torch.set_num_threads(1)
+    x, y = mosaics("cifar10", "test")
+    cifar = Images.of(torch.from_numpy(x[: 3 * n]).permute(0, 3, 1, 2) / 255, torch.from_numpy(y[: 3 * n]))
+    digits = mnist(3 * n)
+    cases = [
+        (Target.of(resnet20(), classes=10, shape=cifar.shape, name="CIFAR-10 ResNet-20"), cifar, 10 / 255),
+        *(
+            (Target.of(robust_net(name), classes=10, shape=digits.shape, name=name), digits, 0.3)
+            for name in ("sinkhorn_mnist_vanilla", "fast_mnist_pgd")
+        ),
+    ]
+    rows = []
+    for target, images, eps in cases:
+        for name, attack, goal in METHODS:
+            rows.append(row(target, images[:n], images[n:], eps, name, attack, goal))
+            print(rows[-1], file=sys.stderr, flush=True)
+    print("\n".join([PAGE.format(fitted=n, judged=2 * n), *rows]))
+
+
+if __name__ == "__main__":
+    main()
