@@ -112,6 +112,14 @@ CASES = (
         laps=1,
         images=10,
     ),
+    Case(
+        "lbfgs",
+        "A",
+        "l2:inf",
+        paper={"opening": 0, "steps": 1000, "searches": 5},
+        laps=1,
+        images=50,
+    ),
     *(
         Case(
             "ead",
@@ -227,6 +235,8 @@ CLAIMS = (
     Claim("cw-l2", "median norm over the best peer's", lambda r: _median(r.ours) / r.best(_median), lambda r: 1.02),
     Claim("cw-l2", "CPU time over adv-lib's", lambda r: r.ours.cpu_ms / r.of("adv-lib").cpu_ms, lambda r: 0.35),
     Claim("cw-l2", "median norm over the paper's", lambda r: _median(r.ours) / _median(r.of(PAPER)), lambda r: 1.02),
+    Claim("lbfgs", "median norm over the paper's", lambda r: _median(r.ours) / _median(r.of(PAPER)), lambda r: 1.0),
+    Claim("lbfgs", "passes over the paper's", lambda r: _passes(r.ours) / _passes(r.of(PAPER)), lambda r: 1.0),
     Claim("cw-l2", "passes over the paper's", lambda r: _passes(r.ours) / _passes(r.of(PAPER)), lambda r: 0.1),
     *(
         Claim(name, what, figure, bar)

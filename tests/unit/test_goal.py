@@ -129,3 +129,32 @@ def test_where_a_detector_stands_both_it_and_the_label_must_fall(loss):
     with_detector, without = goal.loss(Answer(scores, excess), loss), goal.loss(Answer(scores), loss)
     assert torch.equal(with_detector, torch.maximum(without, excess))
     assert torch.equal(goal.margin(Answer(scores, excess)), torch.tensor([2.0, -1.0, 3.0, 3.0]))
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("confidence", [0.0, 2.5])
+def test_the_slope_is_autograds(loss, targeted, confidence):
+    draws = torch.Generator().manual_seed(3)
+    scores = torch.randn(40, 6, generator=draws, dtype=torch.float64) * 5
+    scores[:10] *= 8
+    goal = Goal(torch.randint(0, 6, (40,), generator=draws), targeted, confidence)
+    leaf = scores.clone().requires_grad_()
+    value = goal.loss(Answer(leaf), loss)
+    (slope,) = torch.autograd.grad(value.sum(), leaf)
+    known, pull, margin = goal.slope(Answer(scores), loss)
+    assert torch.allclose(known, value.detach(), rtol=1e-12)
+    assert torch.allclose(pull, slope, rtol=1e-9, atol=1e-300)
+    assert torch.allclose(margin, goal.margin(Answer(scores)))
+
+
+def test_classes_that_tie_share_the_slope():
+    goal, scores = Goal(torch.tensor([0])), torch.tensor([[3.0, 1.0, 1.0]])
+    _, pull, _ = goal.slope(Answer(scores), "margin")
+    assert pull.tolist() == [[1.0, -0.5, -0.5]]
+
+
+def test_autograd_finds_the_slope_of_other_losses_and_of_a_detector():
+    goal, scores = Goal(torch.tensor([0])), torch.tensor([[3.0, 1.0, 1.0]])
+    assert goal.slope(Answer(scores), "dlr") is None
+    assert goal.slope(Answer(scores, torch.tensor([0.1])), "ce") is None

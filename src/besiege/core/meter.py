@@ -119,8 +119,15 @@ class Meter:
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 answer = self.target.answer(leaf)
-                value, hit = self._loss(answer, ids, loss)
-                (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+                aim = self.aim[ids]
+                known = aim.slope(answer, loss)
+                if known is None:
+                    value = aim.loss(answer, loss)
+                    (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+                else:
+                    value, pull, margin = known
+                    (grad,) = torch.autograd.grad(answer.scores, leaf, pull, allow_unused=True)
+            hit = margin < 0 if known is not None and self.aim is self.outer else self._hit(answer, ids)
             self._note(part, ids, hit, backward=1, once=rows is None)
             values.append(value.detach())
             grads.append(torch.zeros_like(part) if grad is None else torch.nan_to_num(grad.to(part)).contiguous())
@@ -246,7 +253,7 @@ class Meter:
         """The loss, and where the goal stands reached: below a margin of zero."""
         value = self.aim[images].loss(answer, loss)
         same = loss == "margin" and self.aim is self.outer
-        return value, value.detach() < 0 if same else self._hit(answer, images)
+        return value, value < 0 if same else self._hit(answer, images)
 
     def _note(self, x: Tensor, images: Tensor, hit: Tensor, backward: int, once: bool) -> None:
         """Count a call, keep what it found, stop what is done; ``once``: no image stands there twice."""

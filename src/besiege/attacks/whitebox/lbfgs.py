@@ -20,11 +20,11 @@ def lbfgs(
     ball: Ball,
     rng: Rng,
     *,
-    steps: int = 25,
+    steps: int = 20,
     searches: int = 3,
     first_c: float = 1e-2,
     memory: int = 8,
-    opening: int = 25,
+    opening: int = 20,
 ) -> None:
     """Minimise ``|x' - x|^2 - c * log P`` over [0, 1] by L-BFGS-B (Szegedy et al. 2014).
 
