@@ -148,7 +148,7 @@ CASES = (
     Case("ddn", "A", "l2:inf", {"steps": 100}, images=50),
     Case("newtonfool", "A", "l2:inf", {"steps": 100}),
     Case("jsma", "A", "l0:inf", {"gamma": 0.145}, laps=1, images=50),
-    Case("square", "R", "linf:0.15", queries=1000, images=50),
+    Case("square", "R", "linf:0.15", {"iterations": 1000}, queries=1000, images=50),
     # 16 rounds are what 5,000 queries pay for: the t-th spends 100 sqrt(t) on its gradient and about 30 on the rest.
     Case("hopskipjump", "A", "l2:inf", peers={"rounds": 16}, queries=5000, seeds=(0, 1, 2), images=50),
     Case("autoattack", "R", "linf:0.1", laps=1),
