@@ -18,7 +18,7 @@ from besiege.report import atlas
 from besiege.report.html import page
 from besiege.report.pictures import png
 from besiege.results import files
-from besiege.results.audit import LeftOut, Picture
+from besiege.results.audit import LeftOut, Nearest, Picture
 from besiege.results.record import Threat
 
 EVIL = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
@@ -73,6 +73,14 @@ def test_the_page_states_the_figures(tmp_path: Path) -> None:
     seen = " ".join(Page(text).text.split())
     assert "Under attack within L∞ 8/255 it still gets 25.0 % right. Within L2 0.5 it gets 75.0 % right." in seen
     assert "95 % interval 4.6–69.9 %" in seen and "1,000 queries" in seen
+
+
+def test_the_page_says_which_attack_came_nearest_and_lists_the_first_images(tmp_path: Path) -> None:
+    many = Nearest(norm="l2", index=list(range(250)), attack=["fmn"] * 240 + ["ead"] * 10, distance=[0.5] * 250)
+    seen = " ".join(Page(page(audit(record(fell=(0,)), nearest=[many]), tmp_path)).text.split())
+    assert "fmn240 images0.5 ead10 images0.5" in seen
+    assert "Image by image, the first 200; audit.json has all 250" in seen
+    assert "199fmn0.5" in seen and "200fmn0.5" not in seen
 
 
 def test_pictures_are_in_the_page(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from besiege.core.errors import BadInput
 from besiege.results import files
-from besiege.results.audit import Audit, Environment, LeftOut, curves, load, slug, worst_cases
+from besiege.results.audit import Audit, Environment, LeftOut, curves, load, nearest, slug, worst_cases
 from besiege.results.checks import of_records
 from besiege.results.interval import wilson
 from besiege.results.record import Record, Rows, Threat, ball_text, joined
@@ -254,3 +254,13 @@ def test_results_and_report_load_no_torch() -> None:
         "besiege.report.html, besiege.report.pictures; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_attack_that_needed_the_least_for_each_image() -> None:
+    first = record().images.model_copy(update={"distance": [0.03, 0.02, None, None]})
+    second = record().images.model_copy(update={"distance": [0.01, 0.02, 0.04, None]})
+    other = record(threat=Threat(norm="l2", eps=0.5, access="gradients"))
+    (found,) = nearest([record("pgd", images=first), record("fmn", images=second), other])
+    assert (found.norm, found.index) == ("linf", [0, 1, 2])
+    assert found.attack == ["fmn", "pgd", "fmn"]
+    assert found.distance == [0.01, 0.02, 0.04]

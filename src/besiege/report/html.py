@@ -7,6 +7,7 @@ import hashlib
 import math
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -14,7 +15,7 @@ from markupsafe import Markup
 
 from besiege.report import atlas
 from besiege.report.pictures import data_uri
-from besiege.results.audit import Audit, Curve
+from besiege.results.audit import Audit, Curve, Nearest
 from besiege.results.record import Record
 
 SORT = """
@@ -41,6 +42,9 @@ for (const head of document.querySelectorAll("th")) {
 PLOT = (44, 12, 540, 200)
 """Left, top, width and height of a curve's plot in its drawing of 600 by 250."""
 
+LISTED = 200
+"""So many images the page lists one by one; audit.json has them all."""
+
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "wasserstein": "Wasserstein"}
 BEYOND = (
     "Attacks that transfer from another model, and attacks adapted to a defense of this model.",
@@ -65,6 +69,7 @@ def page(audit: Audit, folder: Path) -> str:
         groups=groups,
         shown=shown,
         charts=_charts(audit.curves),
+        nearest=[(found.norm, _shares(found), _rows(found), len(found.index)) for found in audit.nearest],
         plot=PLOT,
         sort=Markup(SORT),
         digest=base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode(),
@@ -118,6 +123,19 @@ def _charts(curves: list[Curve]) -> list[dict[str, Any]]:
         band = points(last.eps, last.low) + " " + points(last.eps[::-1], last.high[::-1])
         drawn.append({"norm": norm, "most": most, "lines": lines, "band": band})
     return drawn
+
+
+def _shares(found: Nearest) -> list[tuple[str, int, float]]:
+    """Of each attack that came nearest to some image: on how many, and the median of its distances there."""
+    by: dict[str, list[float]] = {}
+    for attack, distance in zip(found.attack, found.distance, strict=True):
+        by.setdefault(attack, []).append(distance)
+    shares = [(attack, len(distances), median(distances)) for attack, distances in by.items()]
+    return sorted(shares, key=lambda share: -share[1])
+
+
+def _rows(found: Nearest) -> list[tuple[int, str, float]]:
+    return list(zip(found.index, found.attack, found.distance, strict=True))[:LISTED]
 
 
 def _techniques(records: list[Record]) -> list[tuple[str, str, list[str]]]:

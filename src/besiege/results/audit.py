@@ -49,6 +49,15 @@ class Curve(Facts):
     attack: str
 
 
+class Nearest(Facts):
+    """Which attack needed the least for each image in a norm: an entry for every image that one of them took."""
+
+    norm: Norm
+    index: list[int]
+    attack: list[str]
+    distance: list[float]
+
+
 class Gate(Facts):
     """A threshold on the lower bound of the worst case's interval, and that bound; None where nothing was run."""
 
@@ -138,6 +147,7 @@ class Audit(Facts):
     worst: list[Worst] = Field(default_factory=list)
     records: list[Record] = Field(default_factory=list)
     curves: list[Curve] = Field(default_factory=list)
+    nearest: list[Nearest] = Field(default_factory=list)
     checks: list[Check] = Field(default_factory=list)
     gates: list[Gate] = Field(default_factory=list)
     left_out: list[LeftOut] = Field(default_factory=list)
@@ -197,6 +207,7 @@ def derived(store: Store) -> Audit:
         worst=worst_cases(records),
         records=records,
         curves=curves(records),
+        nearest=nearest(records),
         checks=[Check(**check) for check in known.get("checks", []) + known["crossed"]] + of_records(records, clean),
         notes=known["notes"] + _moves(known["sessions"]),
         pictures=[Picture(**picture) for key in cells if key in shards for picture in cells[key]["pictures"]],
@@ -279,6 +290,24 @@ def curves(records: Sequence[Record]) -> list[Curve]:
         if len(cells) > 1:
             met = {index for cell in seekers for index in cell.images.index}
             found.append(_curve(norm, "worst case", max(radii), cells, met))
+    return found
+
+
+def nearest(records: Sequence[Record]) -> list[Nearest]:
+    """By norm, what took each image from the shortest distance; of two that came as near, the one sent first."""
+    found = []
+    for norm in dict.fromkeys(record.threat.norm for record in records):
+        least: dict[int, tuple[float, str]] = {}
+        for record in records:
+            if record.threat.norm != norm or record.threat.targeted:
+                continue
+            for index, far in zip(record.images.index, record.images.distance, strict=True):
+                if far is not None and far < least.get(index, (math.inf, ""))[0]:
+                    least[index] = far, record.attack
+        rows = sorted(least)
+        attacks, distances = [least[index][1] for index in rows], [least[index][0] for index in rows]
+        if rows:
+            found.append(Nearest(norm=norm, index=rows, attack=attacks, distance=distances))
     return found
 
 
