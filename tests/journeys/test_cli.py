@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -142,6 +143,10 @@ def test_audit_writes_a_run_and_report_renders_it(place: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert run(["report", "run", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out) == said
+    assert run(["report", "run", "--format", "md"]) == 0
+    assert "| fgsm | linf:16/255 | 30 |" in capsys.readouterr().out
+    assert run(["report", "run", "--format", "junit", "--out", "run.xml"]) == 0
+    assert ElementTree.parse(place / "run.xml").getroot().tag == "testsuite"
 
 
 def test_ctrl_c_leaves_what_is_done(

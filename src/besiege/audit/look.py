@@ -24,9 +24,14 @@ FEW = 16
 """So many images are asked for gradients."""
 
 
+UNCOUNTED = 1000
+"""For so many images the cost of a budget is told that takes all there are."""
+
+
 class Look(Facts):
     """What five seconds tell. Times are milliseconds an image; ``costs`` seconds at most, by budget.
 
+    A budget without a number of images of its own is told for 1,000.
     ``backward_ms`` is None where there are no gradients.
     """
 
@@ -84,7 +89,7 @@ def look(target: Target, images: Images) -> Look:
         forward_ms=forward,
         backward_ms=both - forward if math.isfinite(both) else None,
         batch=batch,
-        costs={budget: _cost(target, budget, forward, both) for budget in BUDGETS if IMAGES[budget]},
+        costs={budget: _cost(target, budget, forward, both) for budget in BUDGETS},
         checks=check_passes(target, few, customary(target.shape)[0]) if len(few) else [],
         notes=[*target.notes, *images.notes],
         warnings=[warning] if warning else [],
@@ -102,5 +107,5 @@ def _answers(scores: Tensor) -> Literal["logits", "probabilities", "log-probabil
 def _cost(target: Target, budget: Budget, forward: float, both: float) -> float:
     """Seconds at most: every image stands to the end, which it rarely does."""
     cells = plan(registry(), target.access, customary(target.shape), budget).cells
-    n = IMAGES[budget] or 0
+    n = IMAGES[budget] or UNCOUNTED
     return sum(cell.passes(n) * (both if cell.threat.access >= Access.GRADIENTS else forward) / 1000 for cell in cells)

@@ -53,10 +53,15 @@ def check(
 
 
 def _print(seen: Look) -> None:
+    from besiege.audit.look import UNCOUNTED
+    from besiege.audit.plan import IMAGES
     from besiege.cli.terminal import between, facts, percent
 
     size = "" if seen.parameters is None else f", {seen.parameters:,} parameters"
-    costs = ", ".join(f"{budget} {_minutes(seconds)}" for budget, seconds in seen.costs.items())
+    costs = ", ".join(
+        f"{budget} {_minutes(seconds)}" + ("" if IMAGES[budget] else f" per {UNCOUNTED:,} images")
+        for budget, seconds in seen.costs.items()
+    )
     facts(
         seen.target,
         [
