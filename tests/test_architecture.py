@@ -29,7 +29,7 @@ DOWNHILL = {
     "results": {"core"},
     "report": {"core", "results"},
     "engine": {"core", "regions", "results"},
-    "audit": {"core", "attacks", "engine", "results", "report", "targets", "data"},
+    "audit": {"core", "regions", "attacks", "engine", "results", "report", "targets", "data"},
     "bench": {"core", "engine", "results", "targets", "data"},
 }
 """What each part of the package may import beside itself; ``cli`` may import all, and nothing imports it."""

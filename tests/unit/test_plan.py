@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from besiege.audit.plan import BUDGETS, FEWEST, SIEGE, Speed, allot, customary, paced, passes, plan, threat_text
+from besiege.audit.plan import BUDGETS, FEWEST, RADII, SIEGE, Speed, allot, customary, paced, passes, plan, threat_text
 from besiege.core.errors import BadInput
 from besiege.core.method import make, registry
 from besiege.core.threat import INF, Access, Ball
@@ -11,8 +11,17 @@ from besiege.core.threat import INF, Access, Ball
 def test_the_plan_of_a_budget_is_made_of_methods_and_options_that_exist() -> None:
     known = registry()
     for budget in BUDGETS:
-        cells = plan(known, Access.WEIGHTS, customary((1, 28, 28)), budget).cells
-        assert {cell.attack.name for cell in cells} == set(SIEGE) & set(known)
+        cells = plan(known, Access.WEIGHTS, customary((1, 28, 28), budget), budget).cells
+        assert {cell.attack.name for cell in cells} == {name for name in SIEGE if budget in SIEGE[name]}
+        assert set(SIEGE) <= set(known)
+
+
+def test_the_thorough_budget_has_every_white_box_attack_and_every_norm() -> None:
+    known = registry()
+    cells = plan(known, Access.WEIGHTS, customary((1, 28, 28), "thorough"), "thorough").cells
+    parts = {"apgd-t", "fab-t"}  # autoattack's
+    assert {name for name in known if known[name].card.family == "whitebox"} - parts <= {c.attack.name for c in cells}
+    assert {cell.threat.ball.norm for cell in cells} == set(RADII)
 
 
 def test_what_does_not_apply_is_left_out_with_its_reason() -> None:

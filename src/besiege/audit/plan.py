@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from besiege.core.errors import BadInput
 from besiege.core.method import Attack, Card, Method
 from besiege.core.threat import INF, NORM_NAMES, Access, Ball, Norm, ThreatModel
+from besiege.regions import within
 from besiege.results.audit import cell_name
 from besiege.results.record import ball_text
 
@@ -28,7 +29,7 @@ RADII: Mapping[Norm, tuple[float, float, float]] = {
     "wasserstein": (1.0, 0.1, 0.1),
 }
 """Customary radii by norm: grey images of digits' size, small colour images, large ones."""
-LOOPS = ("steps", "restarts", "searches", "samples", "targets", "iterations")
+LOOPS = ("steps", "restarts", "searches", "samples", "targets", "iterations", "epochs")
 """The options that multiply what an attack costs."""
 QUERIES: Mapping[str, int | None] = {"quick": 1000, "standard": 5000, "thorough": None}
 
@@ -58,6 +59,23 @@ SIEGE: Mapping[str, Mapping[str, Share]] = {
         "standard": Share(),
         "thorough": Share(),
     },
+    **{
+        name: {"thorough": Share(images=1000)}
+        for name in (
+            "bim",
+            "lbfgs",
+            "ddn",
+            "cw-linf",
+            "cw-l0",
+            "ead",
+            "brendel-bethge",
+            "jsma",
+            "newtonfool",
+            "wasserstein",
+            "uap",
+            "targeted-uap",
+        )
+    },
     "square": {
         "quick": Share(images=50, queries=500),
         "standard": Share(queries=1000),
@@ -69,7 +87,7 @@ SIEGE: Mapping[str, Mapping[str, Share]] = {
         "thorough": Share(images=500, queries=20000),
     },
 }
-"""The attacks of an audit in the order they are sent, and each one's share of every budget."""
+"""The attacks of an audit in the order they are sent, and each one's share of the budgets that it is part of."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +177,7 @@ def plan(
     """
     cells: list[Cell] = []
     left_out: list[tuple[str, str, str]] = []
-    for name in dict.fromkeys(only) or [name for name in SIEGE if name in methods]:
+    for name in dict.fromkeys(only) or [name for name in SIEGE if name in methods and budget in SIEGE[name]]:
         card, part = methods[name].card, share(methods[name].card, budget)
         for ball in threats:
             why = unfit(card, access, ball)
@@ -181,8 +199,6 @@ def paced(card: Card, options: Mapping[str, Any], queries: int | None) -> dict[s
 
 def unfit(card: Card, access: Access, ball: Ball) -> str | None:
     """Why an attack cannot be sent against such a target under such a threat; None where it can."""
-    if card.kind == "universal":
-        return f"{card.name} is fitted on images of its own; `besiege attack {card.name}` runs it"
     if card.access > access:
         return f"{card.name} needs {card.access.name.lower()}, the target grants {access.name.lower()}"
     if ball.norm not in card.norms:
@@ -197,14 +213,15 @@ def radius(norm: Norm, shape: tuple[int, int, int]) -> float:
     return RADII[norm][kind]
 
 
-def customary(shape: tuple[int, int, int]) -> tuple[Ball, ...]:
-    """The threats of an audit where the user names none: L∞ and L2."""
-    return tuple(Ball(norm, radius(norm, shape)) for norm in (INF, 2.0))
+def customary(shape: tuple[int, int, int], budget: Budget = "quick") -> tuple[Ball, ...]:
+    """The threats of an audit where the user names none: L∞ and L2; if thorough, the other norms and regions too."""
+    norms = tuple(RADII) if budget == "thorough" else (INF, 2.0)
+    return tuple(within(norm, radius(norm, shape)) for norm in norms)
 
 
 def share(card: Card, budget: Budget) -> Share:
     """What a method gets under a budget; one that the audit does not send is only kept from asking forever."""
-    if card.name in SIEGE:
+    if card.name in SIEGE and budget in SIEGE[card.name]:
         return SIEGE[card.name][budget]
     return Share() if card.access >= Access.GRADIENTS else Share(queries=QUERIES[budget])
 

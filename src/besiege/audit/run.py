@@ -35,6 +35,9 @@ from besiege.targets.check import throughput
 
 STARTS = 50
 """So many images of the set may serve a decision-based attack as a starting point."""
+TRAINING = 200
+"""A universal perturbation is fitted on so many images apart from those it is judged on."""
+
 SHARD = 100
 """A cell is committed in shards of at most this many images: what a kill can undo."""
 CHECKED = 20
@@ -247,7 +250,9 @@ class _Run:
     def _shard(self, cell: Cell, count: int, share: float) -> bool:
         """Run and store the next ``count`` images of a cell; say whether it may go on."""
         name, began = str(cell), time.monotonic()
-        first = self.done[name]
+        first, universal = self.done[name], cell.attack.card.kind == "universal"
+        if universal:
+            count = min(count, -(-len(self.images) // 2))
         rows = self.order[first : first + count].sort().values.to(self.images.x.device)
         bound = min(self.left, max(share, 4 * self.costs[name] * count)) if self.deadline < INF else None
         self.tell(Began(cell, len(rows)))
@@ -259,6 +264,7 @@ class _Run:
                 replace(cell.threat, seconds=bound),
                 seed=self.seed,
                 starts=self.starts,
+                training=self._others(rows) if universal else None,
                 clean=self.clean[rows],
                 execution=self.execution,
                 progress=lambda passed: self.tell(Passed(passed)),
@@ -281,6 +287,11 @@ class _Run:
         self.costs[name] = (time.monotonic() - began) / count
         self.tell(Ended(cell, record))
         return True
+
+    def _others(self, rows: Tensor) -> Images:
+        """What a universal perturbation is fitted on that is judged on ``rows``."""
+        apart = self.order[~torch.isin(self.order, rows.cpu())][:TRAINING]
+        return self.images[apart.sort().values.to(self.images.x.device)]
 
     def _commit(
         self, key: str, first: int, outcome: Outcome, verdict: Verdict, record: Record, rows: Tensor, began: float

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from besiege.results.record import Record
 
 IMAGES = {"quick": 20, "standard": 100, "thorough": 1000}
-TRAINING = 200
-"""So many further images a universal perturbation is fitted on."""
 
 
 def attack(
@@ -54,7 +52,7 @@ def attack(
     import torch
 
     from besiege.audit.plan import passes
-    from besiege.audit.run import STARTS, sample
+    from besiege.audit.run import STARTS, TRAINING, sample
     from besiege.cli import terminal
     from besiege.engine.summary import siege
 

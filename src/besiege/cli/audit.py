@@ -106,7 +106,7 @@ def audit(
         on_bad=o.OnBad(request["on_bad"]),
         **feeding,
     )
-    plan = p.plan(registry(), victim.access, threats or p.customary(victim.shape), budget.value, only)
+    plan = p.plan(registry(), victim.access, threats or p.customary(victim.shape, budget.value), budget.value, only)
     _sent(gates, plan)
     if dry_run:
         _dry(plan, r.measured(victim, images, seconds), len(images), seconds, json or format is Format.json)
