@@ -204,3 +204,17 @@ def test_a_ball_is_read_from_text():
             Ball.parse(bad)
     with pytest.raises(BadInput, match="norm 3"):
         Ball(3, 0.1)
+
+
+@pytest.mark.parametrize("norm", [1, 2, INF])
+def test_a_point_is_shortened_to_where_its_line_leaves_the_ball(norm):
+    draws = torch.Generator().manual_seed(1)
+    x = torch.rand(6, 3, 4, 5, generator=draws, dtype=torch.float64)
+    adv = x + torch.randn(6, 3, 4, 5, generator=draws, dtype=torch.float64)
+    eps = torch.linspace(0.1, 60, 6, dtype=torch.float64)
+    ball, boxed = Ball(norm, eps), adv.clamp(0, 1)
+    short = ball.shorten(adv, x)
+    share = (eps / ball.distance(boxed, x)).clamp_max(1)
+    assert bool((share[1:] > share[:-1]).any()) and float(share[0]) < 1 == float(share[-1])
+    assert torch.allclose(short, x + share[:, None, None, None] * (boxed - x))
+    assert bool(ball.holds(short, x).all())

@@ -31,7 +31,7 @@ def fmn(
 
     Both fall along a cosine, to a hundredth and to 0.001. Departs from the paper: for the share ``opening`` of the
     steps the gap to all other classes together leads (cross-entropy's direction), which chooses the class better than
-    the margin does; the ball is projected on exactly, within [0, 1], and norm 0 counts pixels.
+    the margin does; no point leaves [0, 1], and norm 0 counts pixels.
     """
     adv, farthest = x, ball.size(torch.maximum(x, 1 - x))
     nearest, eps = farthest.clone(), torch.ones_like(farthest)
@@ -54,7 +54,8 @@ def fmn(
             less = torch.minimum(less, size)
         eps = torch.where(won, torch.minimum(less, nearest), more).minimum(farthest)
         adv = adv - stride * (0.01 + 0.99 * fall) * Ball(2, 1.0).steepest(grad)
-        adv = ball.sized(eps).project(adv, x)
+        now = ball.sized(eps)
+        adv = now.shorten(adv, x) if ball.norm == 2 else now.project(adv, x)
     return adv
 
 
