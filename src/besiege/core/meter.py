@@ -264,7 +264,9 @@ class Meter:
             self.backward.index_add_(0, images, one, alpha=backward)
         self.tally.most += 1 if once else len(x)
         at = hit.nonzero().squeeze(1)
-        if len(at):
+        if len(at) == len(images):
+            self._keep(x.detach().to(self.x.dtype), images, once)
+        elif len(at):
             self._keep(x.detach()[at].to(self.x.dtype), images[at], once)
         if self.seeks != "optimum" and self._tight(1):
             self.retire((self.forward >= self.cap).nonzero().squeeze(1))
@@ -278,13 +280,16 @@ class Meter:
         if self.seeks != "minimum":
             fits &= distance <= self.ball.reach
         at = fits.nonzero().squeeze(1)
-        tried, of, distance = tried[at], of[at], distance[at]
-        boxed = tried.clamp(0, 1)
-        if not torch.equal(boxed, tried):
-            at = (boxed == tried).flatten(1).all(1).nonzero().squeeze(1)
-            tried, of, distance = tried[at], of[at], distance[at]
-        if not len(of):
+        if not len(at):
             return
+        if len(at) < len(of):
+            tried, of, distance = tried[at], of[at], distance[at]
+        low, high = tried.aminmax()
+        if not (low >= 0 and high <= 1):
+            at = ((tried >= 0) & (tried <= 1)).flatten(1).all(1).nonzero().squeeze(1)
+            tried, of, distance = tried[at], of[at], distance[at]
+            if not len(of):
+                return
         if not once:
             nearest = torch.full_like(self.distance, INF).scatter_reduce(0, of, distance, "amin")
             first = (distance == nearest[of]).nonzero().squeeze(1).flip(0)

@@ -227,8 +227,13 @@ class Ball:
     def project(self, adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the ball and [0, 1] to ``adv``, exactly, in every norm."""
         if self.norm == INF:
-            eps = rowwise(self.eps, x) if isinstance(self.eps, Tensor) else self.eps
-            return torch.minimum(torch.maximum(adv, x - eps), x + eps).clamp_(0, 1)
+            delta = adv - x
+            if isinstance(self.eps, Tensor):
+                most = rowwise(self.eps, x)
+                delta = delta.clamp_(-most, most)
+            else:
+                delta = delta.clamp_(-self.eps, self.eps)
+            return delta.add_(x).clamp_(0, 1)
         eps = self.eps if isinstance(self.eps, Tensor) else x.new_full((len(x),), self.eps)
         return (_project_l2 if self.norm == 2 else _project_l1 if self.norm == 1 else _project_l0)(adv, x, eps)
 

@@ -54,8 +54,9 @@ def _with_momentum(oracle: Oracle, x: Tensor, ball: Ball, rng: Rng, steps: int, 
     halved = torch.ones_like(value, dtype=torch.bool)
     for taken in range(1, steps + 1):
         share = 0.75 if taken > 1 else 1.0
-        ahead = ball.project(adv - rowwise(step, x) * ball.steepest(slope), x)
-        old, adv = adv, ball.project(adv + share * (ahead - adv) + (1 - share) * (adv - old), x)
+        ahead = ball.project(adv.addcmul(ball.steepest(slope), rowwise(-step, x)), x)
+        mixed = ahead.mul_(share).add_(adv, alpha=2 - 2 * share).sub_(old, alpha=1 - share)
+        old, adv = adv, ball.project(mixed, x)
         before, (value, slope) = value, oracle.gradient(adv, loss)
         helped += value < before
         better = value < lowest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from besiege.core.method import evasion
@@ -33,5 +34,5 @@ def bim(
     for _ in range(steps or math.ceil(min(unit + 4, 1.25 * unit))):
         x, adv = oracle.live(x, adv)
         _, grad = oracle.gradient(adv, loss)
-        adv = ball.project(adv - stride * grad.sign(), x)
+        adv = ball.project(torch.sub(adv, grad.sign(), alpha=stride), x)
     return adv
