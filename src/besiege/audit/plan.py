@@ -72,6 +72,7 @@ SIEGE: Mapping[str, Mapping[str, Share]] = {
             "jsma",
             "newtonfool",
             "wasserstein",
+            "shadow",
             "uap",
             "targeted-uap",
         )

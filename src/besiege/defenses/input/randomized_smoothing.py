@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -81,8 +82,9 @@ def softened(
     def answer(x: Tensor) -> Answer:
         noise = _fresh(rng, next(calls), len(x)).randn(samples, *x.shape[1:]).to(x)
         scores = target.answer((x[:, None] + sigma * noise).flatten(0, 1)).scores
-        share = scores.softmax(1).view(len(x), samples, -1).mean(1).clamp(1e-6, 1 - 1e-6)
-        return Answer(share.log(), radius - sigma * torch.special.ndtri(share.amax(1)))
+        share = scores.log_softmax(1).view(len(x), samples, -1).logsumexp(1) - math.log(samples)
+        largest = share.amax(1).exp().clamp(1e-6, 1 - 1e-6)
+        return Answer(share, radius - sigma * torch.special.ndtri(largest))
 
     return answer
 
