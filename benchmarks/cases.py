@@ -50,6 +50,11 @@ class Case:
         return " ".join([self.name, self.threat.partition(":")[0]])
 
     @property
+    def place(self) -> str:
+        """The attack and the network."""
+        return f"{self.name} on {self.network}"
+
+    @property
     def attack(self) -> Attack:
         """Ours."""
         return make(self.name, **self.options)
@@ -74,12 +79,15 @@ class Case:
         norm, _, eps = self.threat.partition(":")
         where = f"nearest in {norm}" if eps == "inf" else self.threat
         given = {**self.options, **({} if self.queries is None else {"queries": self.queries})}
-        alone = [f"{who}: {_listed(what)}" for who, what in (("peers", self.peers), (PAPER, self.paper)) if what]
-        return "; ".join([f"{self.name} on {self.network}, {where}", *([_listed(given)] if given else []), *alone])
+        others = [f"{who}: {_listed(what)}" for who, what in (("peers", self.peers), (PAPER, self.paper)) if what]
+        title = f"{self.name}{' alone' if self.alone else ''} on {self.network}, {where}"
+        return "; ".join([title, *([_listed(given)] if given else []), *others])
 
 
 def _listed(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" for key, value in options.items())
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items()
+    )
 
 
 CASES = (
@@ -145,27 +153,51 @@ CASES = (
         )
         for norm in ("l0", "l1", "l2", "linf")
     ),
-    Case("fmn", "A", "l2:inf", {"steps": 100}),
+    Case("fmn", "A", "l2:inf", {"steps": 100}, images=50),
     Case("ddn", "A", "l2:inf", {"steps": 100}),
     Case("newtonfool", "A", "l2:inf", {"steps": 100}),
     Case("jsma", "A", "l0:inf", {"gamma": 0.145}, laps=1, images=50),
+    Case("jsma", "B", "l0:inf", {"gamma": 0.145}, laps=1, images=10),
+    *(
+        Case(
+            "wasserstein",
+            network,
+            f"wasserstein:{eps}",
+            paper={
+                "strength": strength,
+                "direction": "linf",
+                "stride": 0.1,
+                "steps": 400,
+                "sweeps": 50,
+                "warm": False,
+                "growth": 1.1,
+            },
+            laps=1,
+            images=10,
+        )
+        for network, eps, strength in (("A", 1.0, 4.0), ("B", 0.1, 0.3))
+    ),
     Case("square", "R", "linf:0.15", {"iterations": 1000}, queries=1000),
     # 16 rounds are what 5,000 queries pay for: the t-th spends 100 sqrt(t) on its gradient and about 30 on the rest.
     Case("hopskipjump", "A", "l2:inf", peers={"rounds": 16}, queries=5000, seeds=(0, 1, 2), images=50),
     Case("autoattack", "R", "linf:0.1", laps=1),
     *(
-        Case(name, "B", threat, options, queries=queries, alone=True)
-        for name, threat, options, queries in (
-            ("fgsm", "linf:8/255", {}, None),
-            ("bim", "linf:8/255", {"steps": 30}, None),
-            ("apgd", "linf:8/255", {}, None),
-            ("deepfool", "l2:inf", {}, None),
-            ("cw-l2", "l2:inf", {}, None),
-            ("fmn", "l2:inf", {}, None),
-            ("ddn", "l2:inf", {}, None),
-            ("square", "linf:8/255", {"iterations": 1000}, 1000),
-            ("hopskipjump", "l2:inf", {}, 500),
-            ("autoattack", "linf:8/255", {}, None),
+        Case(name, network, threat, options, queries=queries, alone=True)
+        for name, network, threat, options, queries in (
+            ("pgd", "A", "linf:0.1", {}, None),
+            ("fmn", "A", "l2:inf", {}, None),
+            ("cw-l2", "A", "l2:inf", {}, None),
+            ("hopskipjump", "A", "l2:inf", {}, 5000),
+            ("fgsm", "B", "linf:8/255", {}, None),
+            ("bim", "B", "linf:8/255", {"steps": 30}, None),
+            ("apgd", "B", "linf:8/255", {}, None),
+            ("deepfool", "B", "l2:inf", {}, None),
+            ("cw-l2", "B", "l2:inf", {}, None),
+            ("fmn", "B", "l2:inf", {}, None),
+            ("ddn", "B", "l2:inf", {}, None),
+            ("square", "B", "linf:8/255", {"iterations": 1000}, 1000),
+            ("hopskipjump", "B", "l2:inf", {}, 500),
+            ("autoattack", "B", "linf:8/255", {}, None),
         )
     ),
 )
@@ -215,7 +247,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Claim:
-    """A figure of one race, of the case with that name or key, that must not exceed a bar."""
+    """A figure of one race, of the case with that name, key or place, that must not exceed a bar."""
 
     name: str
     what: str
@@ -277,9 +309,24 @@ CLAIMS = (
     Claim("fmn", "median norm", lambda r: _median(r.ours), lambda r: 1.22),
     Claim("newtonfool", "median norm", lambda r: _median(r.ours), lambda r: 1.3),
     Claim("newtonfool", "share that did not fall", lambda r: _robust(r.ours), lambda r: 0.05),
-    Claim("jsma", "robust accuracy, against the best peer's", lambda r: _robust(r.ours), lambda r: r.best(_robust)),
-    Claim("jsma", "median pixels over the best peer's", lambda r: _median(r.ours) / r.best(_median), lambda r: 1.0),
-    Claim("jsma", "CPU time over torchattacks'", lambda r: r.ours.cpu_ms / r.of("torchattacks").cpu_ms, lambda r: 0.2),
+    *(
+        Claim(f"jsma on {network}", what, figure, bar)
+        for network in "AB"
+        for what, figure, bar in (
+            ("robust accuracy, against the best peer's", lambda r: _robust(r.ours), lambda r: r.best(_robust)),
+            ("median pixels over the best peer's", lambda r: _median(r.ours) / r.best(_median), lambda r: 1.0),
+            ("CPU time over torchattacks'", lambda r: r.ours.cpu_ms / r.of("torchattacks").cpu_ms, lambda r: 0.2),
+        )
+    ),
+    *(
+        Claim(f"wasserstein on {network}", what, figure, bar)
+        for network in "AB"
+        for what, figure, bar in (
+            ("robust accuracy", lambda r: _robust(r.ours), lambda r: 0.15),
+            ("robust accuracy, against the paper's", lambda r: _robust(r.ours), lambda r: _robust(r.of(PAPER))),
+            ("CPU time over the paper's", lambda r: r.ours.cpu_ms / r.of(PAPER).cpu_ms, lambda r: 0.1),
+        )
+    ),
     Claim("square", "robust accuracy", lambda r: _robust(r.ours), lambda r: 0.22),
     Claim(
         "square", "CPU time over torchattacks'", lambda r: r.ours.cpu_ms / r.of("torchattacks").cpu_ms, lambda r: 0.7
@@ -313,14 +360,13 @@ MODEL_BOUND = ("fgsm", "bim", "pgd", "apgd", "deepfool", "cw-l2", "fmn", "ddn", 
 def overhead(results: Sequence[Result], networks: str) -> float:
     """Our CPU time over the floor on ``networks``, the median over `MODEL_BOUND`; the bar is 1.10.
 
+    Where an attack was raced twice, the race with more images counts.
+
     Raises:
         BadInput: none of them ran.
     """
-    found = [
-        result.ours.overhead
-        for result in results
-        if result.case.name in MODEL_BOUND and result.case.network in networks
-    ]
+    ran = [r for r in results if r.case.name in MODEL_BOUND and r.case.network in networks]
+    found = {r.case.name: r.ours.overhead for r in sorted(ran, key=lambda r: r.ours.images)}
     if not found:
         raise BadInput("none of the attacks of which it is asked was run")
-    return statistics.median(found)
+    return statistics.median(found.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -178,10 +179,10 @@ def robust_net(name: str) -> nn.Module:
     return _load(empty, f"robust_nets/{name}.safetensors")
 
 
-def mnist(n: int) -> Images:
-    """The first ``n`` test images of MNIST."""
-    with gzip.open(folder() / "mnist" / "t10k-images-idx3-ubyte.gz") as file:
+def mnist(n: int, part: Literal["t10k", "train"] = "t10k") -> Images:
+    """The first ``n`` test images of MNIST, or training images."""
+    with gzip.open(folder() / "mnist" / f"{part}-images-idx3-ubyte.gz") as file:
         x = np.frombuffer(file.read(16 + 784 * n), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    with gzip.open(folder() / "mnist" / "t10k-labels-idx1-ubyte.gz") as file:
+    with gzip.open(folder() / "mnist" / f"{part}-labels-idx1-ubyte.gz") as file:
         y = np.frombuffer(file.read(8 + n), np.uint8, offset=8)
     return Images.of(torch.from_numpy(x / np.float32(255)), torch.from_numpy(y.astype(np.int64)), name="mnist")

@@ -203,7 +203,7 @@ def section(result: Result) -> list[str]:
 def _claims(results: Sequence[Result]) -> list[str]:
     lines = []
     raced = [result for result in results if not result.case.alone]
-    by_name = {name: result for result in raced for name in (result.case.name, result.case.key)}
+    by_name = {name: result for result in raced for name in (result.case.name, result.case.key, result.case.place)}
     for claim in CLAIMS:
         if claim.name not in by_name:
             continue

@@ -95,6 +95,11 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, gamma: float) -> Tensor:
     return _run(attack, x, goal)
 
 
+def wasserstein(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
+    """Its defaults but the radius."""
+    return _run(e.Wasserstein(_classifier(model, x), eps=eps, batch_size=len(x), verbose=False), x, y)
+
+
 def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
     attack = e.SquareAttack(_classifier(model, x), eps=eps, max_iter=queries, batch_size=len(x), verbose=False)
     return _run(attack, x, y)
