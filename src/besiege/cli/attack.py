@@ -12,9 +12,10 @@ from besiege.cli import options as o
 
 if TYPE_CHECKING:
     from besiege.audit.plan import Budget
+    from besiege.core.images import Images
     from besiege.core.method import Attack
-    from besiege.core.threat import ThreatModel
-    from besiege.engine.evasion import Outcome
+    from besiege.core.threat import Access, ThreatModel
+    from besiege.engine.evasion import Lensing, Outcome
     from besiege.results.record import Record
 
 IMAGES = {"quick": 20, "standard": 100, "thorough": 1000}
@@ -29,6 +30,12 @@ def attack(
     norm: Annotated[str | None, typer.Option(help="The norm of the radius: inf, 2, 1, 0 or wasserstein.")] = None,
     target_class: Annotated[int | None, typer.Option(min=0, help="Reach this class, not just any other.")] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="At most this many forward passes an image.")] = None,
+    lens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENS", help="Where gradients come from: nes or spsa (scores), eot (a mean of 10), surrogate:TARGET."
+        ),
+    ] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
     budget: o.Effort = o.Budget.quick,
     seed: o.Seed = 0,
@@ -79,6 +86,8 @@ def attack(
         rest = torch.ones(len(images), dtype=torch.bool, device=images.x.device).index_fill(0, rows, False)
         images, training = images[rows], images[rest]
     threat = replace(_threat(chosen, eps, norm, victim.shape), queries=asked)
+    through, access = _through(lens, chosen, images, device) if lens else (None, threat.access)
+    threat = replace(threat, access=access)
     with terminal.progress() as bar:
         total = len(images) * (threat.queries or passes(chosen))
         task = bar.add_task(str(chosen), total=total)
@@ -89,11 +98,16 @@ def attack(
             threat,
             seed=seed,
             target_class=target_class,
+            lens=through,
             training=training,
             starts=images.sample(STARTS, seed).x,
             progress=lambda rows: bar.advance(task, rows),
         )
     record = record.model_copy(update={"notes": [*victim.notes, *images.notes, *record.notes]})
+    if lens:
+        record = record.model_copy(
+            update={"title": f"{record.title} through {lens}", "options": {**record.options, "lens": lens}}
+        )
     if out is not None:
         _write(out, record, outcome)
     if json:
@@ -117,6 +131,30 @@ def _chosen(name: str, options: dict[str, str], budget: Budget, queries: int | N
         limits.append(given.queries)
     whole = sum(limit or passes(part) for limit, part in zip(limits, parts, strict=True)) if any(limits) else None
     return union(*parts), queries or whole
+
+
+def _through(lens: str, attack: Attack, images: Images, device: str) -> tuple[Lensing, Access]:
+    """How an attack's gradients are found, and what that needs of the target."""
+    from besiege.core.errors import BadInput
+    from besiege.core.lens import Eot, Nes, Spsa, Surrogate
+    from besiege.core.threat import Access
+    from besiege.targets import open_target
+
+    if attack.card.access < Access.GRADIENTS:
+        raise BadInput(f"{attack.name} asks for no gradients; leave --lens out")
+    name, _, spec = lens.partition(":")
+    if name == "surrogate" and spec:
+        other = open_target(spec, data=images, device=device)
+        if other.access < Access.GRADIENTS:
+            raise BadInput(f"--lens {lens!r}: {other.name} gives no gradients")
+        return lambda meter, x, rng: Surrogate(meter, other, x), Access.LABELS
+    if lens == "nes":
+        return lambda meter, x, rng: Nes(meter, rng), Access.SCORES
+    if lens == "spsa":
+        return lambda meter, x, rng: Spsa(meter, rng), Access.SCORES
+    if lens == "eot":
+        return lambda meter, x, rng: Eot(meter, rng), Access.GRADIENTS
+    raise BadInput(f"--lens {lens!r} is unknown; use nes, spsa, eot or surrogate:TARGET")
 
 
 def _threat(attack: Attack, eps: str | None, norm: str | None, shape: tuple[int, int, int]) -> ThreatModel:

@@ -82,17 +82,22 @@ class Nes(Lens):
         return cast(tuple[*State], tuple(left))
 
     def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``samples`` scores an image, in pairs either side of it."""
-        half = self.samples // 2
+        """The loss at ``x``, and its slope from ``samples`` scores more, in pairs either side of it.
+
+        The first score tells whether the image has fallen; if it has, the others are not asked for.
+        """
+        value, half = self.oracle.loss(x, loss, rows), self.samples // 2
         of = torch.arange(len(x), device=x.device) if rows is None else rows
-        noise = self.rng[of].randn(half, *x.shape[1:]).to(x)
-        noise = torch.cat([noise, -noise], 1)
-        tried = (x[:, None] + self.sigma * noise).flatten(0, 1)
-        values = self.oracle.loss(tried, loss, of.repeat_interleave(2 * half)).view(len(x), -1)
-        known = values.isfinite().all(1)
-        values = torch.where(known[:, None], values, 0)
-        grad = torch.einsum("ns,ns...->n...", values, noise) / (2 * half * self.sigma)
-        return torch.where(known, values.mean(1), torch.inf), grad
+        noise = self.noise(self.rng[of], half, x)
+        tried = (x[:, None] + self.sigma * torch.cat([noise, -noise], 1)).flatten(0, 1)
+        ahead, behind = self.oracle.loss(tried, loss, of.repeat_interleave(2 * half)).view(len(x), 2, half).unbind(1)
+        rise = ahead - behind
+        grad = torch.einsum("ns,ns...->n...", torch.where(rise.isfinite(), rise, 0), noise) / (2 * half * self.sigma)
+        return value, grad
+
+    def noise(self, rng: Rng, count: int, x: Tensor) -> Tensor:
+        """(n, count, c, h, w) directions to look in."""
+        return rng.randn(count, *x.shape[1:]).to(x)
 
 
 @dataclass
@@ -101,18 +106,9 @@ class Spsa(Nes):
 
     sigma: float = 0.01
 
-    def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``samples`` scores an image, along random sign vectors."""
-        half = self.samples // 2
-        of = torch.arange(len(x), device=x.device) if rows is None else rows
-        noise = self.rng[of].signs(half, *x.shape[1:]).to(x)
-        tried = torch.cat([x[:, None] + self.sigma * noise, x[:, None] - self.sigma * noise], 1).flatten(0, 1)
-        values = self.oracle.loss(tried, loss, of.repeat_interleave(2 * half)).view(len(x), 2, half)
-        known = values.isfinite().flatten(1).all(1)
-        values = torch.where(known[:, None, None], values, 0)
-        slope = (values[:, 0] - values[:, 1]) / (2 * self.sigma)
-        grad = torch.einsum("ns,ns...->n...", slope, noise) / half
-        return torch.where(known, values.flatten(1).mean(1), torch.inf), grad
+    def noise(self, rng: Rng, count: int, x: Tensor) -> Tensor:
+        """Random sign vectors."""
+        return rng.signs(count, *x.shape[1:]).to(x)
 
 
 @dataclass
