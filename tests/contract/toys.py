@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from besiege.regions import within
 SMALL = {"steps": 25, "iterations": 150, "queries": 150, "searches": 4, "restarts": 1, "epochs": 6, "probes": 30}
 """What the options that make a method slow are cut down to."""
 
-EPS: dict[Norm, float] = {0: 1.0, 1: 0.5, 2: 0.25, INF: 0.06, "wasserstein": 0.02}
+EPS: dict[Norm, float] = {0: 1.0, 1: 0.5, 2: 0.25, INF: 0.06, "wasserstein": 0.02, "spatial": 1.0}
 """Radii at which some of the images of `curved` fall and some stand."""
 
 NAMES = list(registry())
@@ -141,6 +142,7 @@ def curved(
 class Flat(Toy):
     """A linear toy: the least radius at which its images can fall is known."""
 
+    @cache  # noqa: B019
     def needed(self, norm: Norm, goal: int | None = None) -> Tensor:
         """(n,) the least radius, in the box; toward the class ``goal`` where there is one."""
         weight = next(self.model.parameters())
@@ -162,6 +164,8 @@ def least_radius(norm: Norm, x: Tensor, slope: Tensor, gap: float) -> float:
     """The radius at which ``slope`` (d,), followed from ``x`` in the box, gains ``gap``: bisection, slow and plain."""
     if norm == "wasserstein":
         return least_cost(x, slope, gap)
+    if norm == "spatial":
+        return least_pose(x, slope, gap)
     low, high = 0.0, float(x.numel())
     for _ in range(60):
         middle = (low + high) / 2
@@ -213,6 +217,32 @@ def least_cost(x: Tensor, slope: Tensor, gap: float) -> float:
         b_eq=start,
     )
     return float(solved.fun / start.sum())
+
+
+def least_pose(x: Tensor, slope: Tensor, gap: float) -> float:
+    """The smallest turn and shift that gain ``gap``, of dense grids at many scales."""
+
+    def enough(scale: float) -> float:
+        """The smallest pose up to ``scale`` that does."""
+        gains = (posed(x, POSES * scale) - x.double().numpy()).reshape(len(POSES), -1) @ slope.detach().numpy()
+        return float(scale * np.abs(POSES[gains > gap]).max(1).min(initial=INF))
+
+    wide = next(scale for scale in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0) if enough(scale) < INF)
+    return min(enough(scale) for scale in np.linspace(0.45, 1, 20) * wide)
+
+
+POSES = np.stack(np.meshgrid(*(np.linspace(-1, 1, count) for count in (11, 11, 21)), indexing="ij"), -1).reshape(-1, 3)
+
+
+def posed(x: Tensor, shares: np.ndarray) -> np.ndarray:
+    """(m, c, h, w) ``x`` (c, h, w) turned and shifted by ``shares`` (m, 3) of a tenth of each side and 30 degrees."""
+    h, w = x.shape[1:]
+    i, j = np.meshgrid(np.arange(h) - (h - 1) / 2, np.arange(w) - (w - 1) / 2, indexing="ij")
+    right, down, turn = (shares * [0.1 * w, 0.1 * h, np.pi / 6]).T[:, :, None, None]
+    u, v = j - right, i - down
+    rows, columns = np.cos(turn) * v - np.sin(turn) * u, np.cos(turn) * u + np.sin(turn) * v
+    places = np.stack([rows + (h - 1) / 2, columns + (w - 1) / 2])
+    return np.stack([map_coordinates(part.numpy(), places, order=1, mode="grid-constant") for part in x.double()], 1)
 
 
 @cache

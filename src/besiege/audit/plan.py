@@ -27,6 +27,7 @@ RADII: Mapping[Norm, tuple[float, float, float]] = {
     1.0: (15.0, 12.0, 255.0),
     0.0: (15.0, 24.0, 200.0),
     "wasserstein": (1.0, 0.1, 0.1),
+    "spatial": (1.0, 1.0, 1.0),
 }
 """Customary radii by norm: grey images of digits' size, small colour images, large ones."""
 LOOPS = ("steps", "restarts", "searches", "samples", "targets", "iterations", "epochs")
@@ -77,6 +78,7 @@ SIEGE: Mapping[str, Mapping[str, Share]] = {
             "targeted-uap",
         )
     },
+    "spatial": {"quick": Share(queries=1000), "standard": Share(queries=1000), "thorough": Share(queries=1000)},
     "square": {
         "quick": Share(images=50, queries=500),
         "standard": Share(queries=1000),

@@ -27,13 +27,16 @@ def attack(
     data: o.DataSpec = None,
     limit: o.Limit = None,
     eps: Annotated[str | None, typer.Option(help="The radius in pixels of [0, 1], for example 8/255.")] = None,
-    norm: Annotated[str | None, typer.Option(help="The norm of the radius: inf, 2, 1, 0 or wasserstein.")] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="The norm of the radius: inf, 2, 1, 0, wasserstein or spatial.")
+    ] = None,
     target_class: Annotated[int | None, typer.Option(min=0, help="Reach this class, not just any other.")] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="At most this many forward passes an image.")] = None,
     lens: Annotated[
         str | None,
         typer.Option(
-            metavar="LENS", help="Where gradients come from: nes or spsa (scores), eot (a mean of 10), surrogate:TARGET."
+            metavar="LENS",
+            help="Where gradients come from: nes or spsa (scores), eot (a mean of 10), surrogate:TARGET.",
         ),
     ] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,

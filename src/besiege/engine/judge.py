@@ -14,16 +14,19 @@ from besiege.core.images import Images
 from besiege.core.target import Target
 from besiege.core.threat import Ball, Norm
 from besiege.engine.evasion import Outcome
-from besiege.regions import Wasserstein
+from besiege.regions import Spatial, Wasserstein
 
 DRAWS = 20
 """How often a random target is asked."""
 
-TOLERANCE: Mapping[Norm, float] = {"wasserstein": 0.02}
+TOLERANCE: Mapping[Norm, float] = {"wasserstein": 0.02, "spatial": 0.02}
 """How far beyond eps a region allows, relative to it, where that is more than rounding."""
 
 ASTRAY = 3e-5
 """What share of an image's brightness its moves may leave unexplained."""
+
+ASIDE = 2e-4
+"""How far a pixel may be from where its pose puts it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +110,11 @@ def _fresh(target: Target, x: Tensor, goal: Tensor, targeted: bool) -> tuple[Ten
 
 
 def _far(ball: Ball, adv: Tensor, x: Tensor) -> Tensor:
-    """(n,) the norm of the change; in a Wasserstein ball the cost of moves that are seen to lead from x to adv."""
+    """(n,) the norm of the change; in a region the size of what is seen to lead from x to adv: moves, or a pose."""
     if isinstance(ball, Wasserstein):
         return _carried(ball.plan(adv, x), adv, x)
+    if isinstance(ball, Spatial):
+        return _turned(ball.pose(adv, x), adv, x)
     return _norm(adv - x, float(ball.norm))
 
 
@@ -129,6 +134,33 @@ def _carried(moves: Tensor, adv: Tensor, x: Tensor) -> Tensor:
     end = torch.nn.functional.pad(adv / mass, [side // 2] * 4)
     astray = (moves.sum(2) - x / mass).abs().sum((1, 2, 3)) + (there - end).abs().sum((1, 2, 3))
     return torch.where((astray <= ASTRAY) & (moves >= 0).flatten(1).all(1), cost, math.inf)
+
+
+def _turned(pose: Tensor, adv: Tensor, x: Tensor) -> Tensor:
+    """(n,) what share ``pose`` (n, 3) takes of a tenth of a side and 30 degrees, inf where it does not lead there."""
+    limits = pose.new_tensor([0.1 * x.shape[3], 0.1 * x.shape[2], 30.0])
+    known = pose.isfinite().all(1)
+    drawn = _drawn(x, torch.where(known[:, None], pose, 0))
+    there = known & ((drawn - adv).abs().flatten(1).amax(1) <= ASIDE)
+    return torch.where(there, (pose / limits).abs().amax(1), math.inf)
+
+
+def _drawn(x: Tensor, pose: Tensor) -> Tensor:
+    """``x`` turned clockwise by ``pose[:, 2]`` degrees about its centre, then shifted right and down by the others."""
+    n, c, h, w = x.shape
+    right, down, turn = (part.view(n, 1, 1) for part in pose.unbind(1))
+    cos, sin = torch.cos(turn * math.pi / 180), torch.sin(turn * math.pi / 180)
+    across = torch.arange(w).to(x) - (w - 1) / 2 - right
+    along = torch.arange(h).to(x)[:, None] - (h - 1) / 2 - down
+    column, row = cos * across + sin * along + (w - 1) / 2, cos * along - sin * across + (h - 1) / 2
+    drawn = torch.zeros_like(x)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        at, beside = row.floor() + i, column.floor() + j
+        weight = (1 - (row - at).abs()) * (1 - (column - beside).abs())
+        weight = weight * ((at >= 0) & (at < h) & (beside >= 0) & (beside < w))
+        place = (at.clamp(0, h - 1) * w + beside.clamp(0, w - 1)).long().flatten(1)[:, None].expand(-1, c, -1)
+        drawn += weight[:, None] * x.flatten(2).gather(2, place).view_as(x)
+    return drawn
 
 
 def _norm(delta: Tensor, norm: float) -> Tensor:
@@ -153,6 +185,10 @@ def _noise(outcome: Outcome, target: Target, images: Images, far: Tensor, claime
         x, reach = images.x[row], float(size[row])
         if norm == "wasserstein":
             step = _scattered(x, reach, one) - x
+        elif norm == "spatial":
+            share = 2 * torch.rand(3, generator=one) - 1
+            limits = torch.tensor([0.1 * x.shape[2], 0.1 * x.shape[1], 30.0])
+            step = _drawn(x[None], (reach * share / share.abs().max() * limits)[None].to(x))[0] - x
         elif norm == math.inf:
             step = wild.sign() * reach
         elif norm == 0:

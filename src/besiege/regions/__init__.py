@@ -1,6 +1,7 @@
 """Threats that no norm describes, and any threat by its name."""
 
 from besiege.regions.named import parse, within
+from besiege.regions.spatial import Spatial
 from besiege.regions.wasserstein import Wasserstein
 
-__all__ = ["Wasserstein", "parse", "within"]
+__all__ = ["Spatial", "Wasserstein", "parse", "within"]

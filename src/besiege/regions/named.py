@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from besiege.core.threat import Ball, Norm, number
+from besiege.regions.spatial import Spatial
 from besiege.regions.wasserstein import Wasserstein
 
-REGIONS: Mapping[Norm, type[Wasserstein]] = {"wasserstein": Wasserstein}
+REGIONS: Mapping[Norm, type[Wasserstein] | type[Spatial]] = {"wasserstein": Wasserstein, "spatial": Spatial}
 
 
 def within(norm: Norm, eps: float | Tensor) -> Ball:
@@ -18,7 +19,7 @@ def within(norm: Norm, eps: float | Tensor) -> Ball:
 
 
 def parse(text: str) -> Ball:
-    """``linf:8/255``, ``l2:0.5`` or ``wasserstein:0.1``.
+    """``linf:8/255``, ``l2:0.5``, ``wasserstein:0.1`` or ``spatial:1``.
 
     Raises:
         BadInput: no such norm or region, or no radius.
