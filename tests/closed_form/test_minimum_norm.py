@@ -233,3 +233,13 @@ def test_deepfool_refuses_to_look_at_no_class(options: dict[str, int]) -> None:
     target, images = linear(3)
     with pytest.raises(BadInput):
         siege(deepfool(**options), target, images, 2)
+
+
+@pytest.mark.parametrize("overshoot", [0.02, 0.1, 0.5])
+def test_deepfool_goes_beyond_the_boundary_by_its_overshoot_once(overshoot: float) -> None:
+    """Peers have applied it at every step, or not at all: on a plane one step is all there is."""
+    target, images = linear(2)
+    found = evade(deepfool(overshoot=overshoot), target, images, ThreatModel(Access.GRADIENTS, Ball(2, INF)))
+    exact = evade(deepfool(overshoot=0.001), target, images, ThreatModel(Access.GRADIENTS, Ball(2, INF)))
+    assert bool(found.success.all()) and found.backward.unique().tolist() == exact.backward.unique().tolist()
+    assert torch.allclose(found.distance / exact.distance, torch.tensor((1 + overshoot) / 1.001), rtol=1e-3)

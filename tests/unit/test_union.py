@@ -23,10 +23,12 @@ from besiege.attacks.whitebox.uap import uap
 from besiege.cli import app
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
+from besiege.core.meter import Meter
 from besiege.core.method import Attack, make, union
+from besiege.core.rng import Rng
 from besiege.core.target import Target
-from besiege.core.threat import INF, Access, Ball, ThreatModel
-from besiege.engine.evasion import Outcome, evade
+from besiege.core.threat import INF, Access, Ball, Goal, ThreatModel
+from besiege.engine.evasion import Outcome, evade, find_starts
 from besiege.engine.judge import judge
 from besiege.engine.summary import siege
 
@@ -126,6 +128,18 @@ def test_a_search_that_ends_by_itself_leaves_its_images_to_the_next() -> None:
     assert not bool(short.success.all())
     assert int(fire(square(iterations=3) | pgd(), INF, 0.05).success.sum()) > int(short.success.sum())
     assert int(fire(pgd(steps=2) | square(iterations=200), INF, 0.05).success.sum()) >= int(short.success.sum())
+
+
+def test_what_one_part_has_found_is_where_the_next_begins() -> None:
+    target, images = victim(6)
+    meter = Meter(target, images.x, Goal(images.y), Ball(2, INF), seeks="minimum")
+    first = evade(deepfool(), target, images, ThreatModel(Access.GRADIENTS, Ball(2, INF)))
+    meter.is_adversarial(first.adv[:4], torch.arange(4))
+    begun, lost = find_starts(meter, Rng.of(0, images.index, "noise"), None)
+    assert torch.equal(begun[:4], first.adv[:4]) and meter.forward[:4].tolist() == [1] * 4
+    assert bool((meter.forward[4:] >= 1).all()) and len(lost) == 0
+    alone, both = fire(hopskipjump(), 2, queries=200), fire(deepfool() | hopskipjump(), 2, queries=200)
+    assert float(both.distance.median()) < 0.8 * float(alone.distance.median())
 
 
 @pytest.mark.parametrize("queries", [1, 7, 60])

@@ -315,12 +315,13 @@ def _open(meter: Meter) -> list[int]:
 def find_starts(meter: Meter, rng: Rng, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """An adversarial image for each row, and the rows that have none: uniform noise first, then ``starts``.
 
+    Where an earlier part of a union has found one, that is where the next begins.
     Every try counts; noise takes a hundred tries at most, and a tenth of the budget. A network often takes all
     fine noise for the same class, so the noise comes in blocks of 1, 2, 4 and 8 pixels in turn.
     """
     tries = 100 if meter.queries is None else min(100, 1 + meter.queries // 10)
-    begun = meter.x.clone()
-    waiting = ~meter.done
+    begun = meter.best.clone()
+    waiting = ~meter.done & ~meter.found
     for k in range(tries + (0 if starts is None else len(starts))):
         rows = waiting.nonzero().squeeze(1)
         if not len(rows):
