@@ -237,6 +237,6 @@ def threat_text(ball: Ball) -> str:
 
 def passes(attack: Attack) -> int:
     """At most this many forward passes an image, as far as the attack's options tell; a guide for progress."""
-    if attack.card.kind == "ensemble":
+    if attack.card.kind in ("ensemble", "chain"):
         return sum(passes(part) for part in attack.bound()())
     return math.prod(int(attack.arguments.get(key) or 1) for key in LOOPS)

@@ -27,6 +27,9 @@ def attack(
     data: o.DataSpec = None,
     limit: o.Limit = None,
     eps: Annotated[str | None, typer.Option(help="The radius in pixels of [0, 1], for example 8/255.")] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="REGION", help="How far the first of a chain goes: spatial:1 for spatial|pgd.")
+    ] = None,
     norm: Annotated[
         str | None, typer.Option(help="The norm of the radius: inf, 2, 1, 0, wasserstein or spatial.")
     ] = None,
@@ -88,7 +91,7 @@ def attack(
         rows = sample(len(images), n, seed).to(images.x.device)
         rest = torch.ones(len(images), dtype=torch.bool, device=images.x.device).index_fill(0, rows, False)
         images, training = images[rows], images[rest]
-    threat = replace(_threat(chosen, eps, norm, victim.shape), queries=asked)
+    threat = replace(_threat(chosen, eps, norm, after, victim.shape), queries=asked)
     through, access = _through(lens, chosen, images, device) if lens else (None, threat.access)
     threat = replace(threat, access=access)
     with terminal.progress() as bar:
@@ -122,7 +125,8 @@ def attack(
 def _chosen(name: str, options: dict[str, str], budget: Budget, queries: int | None) -> tuple[Attack, int | None]:
     """The attack, each part of a union with its share of the budget, and how many queries an image it may spend.
 
-    Where the queries of one part are limited, so are those of the whole: the others get what they need.
+    Where the queries of one part are limited, so are those of the whole: the others get what they need. The two
+    halves of a chain have as many each.
     """
     from besiege.audit.plan import paced, passes, share
     from besiege.core.method import make, parts_of, union
@@ -132,8 +136,9 @@ def _chosen(name: str, options: dict[str, str], budget: Budget, queries: int | N
         given = share(found.card, budget)
         parts.append(make(found.card.name, **{**paced(found.card, given.options, queries or given.queries), **own}))
         limits.append(given.queries)
-    whole = sum(limit or passes(part) for limit, part in zip(limits, parts, strict=True)) if any(limits) else None
-    return union(*parts), queries or whole
+    needs, whole = [limit or passes(part) for limit, part in zip(limits, parts, strict=True)], union(*parts)
+    total = 2 * max(needs) if whole.card.kind == "chain" else sum(needs)
+    return whole, queries or (total if any(limits) else None)
 
 
 def _through(lens: str, attack: Attack, images: Images, device: str) -> tuple[Lensing, Access]:
@@ -160,12 +165,14 @@ def _through(lens: str, attack: Attack, images: Images, device: str) -> tuple[Le
     raise BadInput(f"--lens {lens!r} is unknown; use nes, spsa, eot or surrogate:TARGET")
 
 
-def _threat(attack: Attack, eps: str | None, norm: str | None, shape: tuple[int, int, int]) -> ThreatModel:
+def _threat(
+    attack: Attack, eps: str | None, norm: str | None, after: str | None, shape: tuple[int, int, int]
+) -> ThreatModel:
     """What the command line says, and custom where it says nothing."""
     from besiege.audit.plan import radius
     from besiege.core.errors import BadInput
     from besiege.core.threat import INF, ThreatModel, number
-    from besiege.regions import within
+    from besiege.regions import parse, within
 
     works = attack.card.norms
     p = o.norm(norm) if norm is not None else next((p for p in (INF, 2.0) if p in works), works[0])
@@ -175,7 +182,14 @@ def _threat(attack: Attack, eps: str | None, norm: str | None, shape: tuple[int,
             raise BadInput(f"--eps must be above 0 and finite, not {eps}")
     else:
         size = INF if attack.card.seeks == "minimum" else radius(p, shape)
-    return ThreatModel(attack.card.access, within(p, size))
+    first = None
+    if attack.card.after:
+        first = parse(after) if after else within(attack.card.after[0], radius(attack.card.after[0], shape))
+        if first.norm not in attack.card.after:
+            raise BadInput(f"--after {after!r} is no region that {attack.name} begins in")
+    elif after:
+        raise BadInput(f"{attack.name} is no chain; leave --after out")
+    return ThreatModel(attack.card.access, within(p, size), after=first)
 
 
 def _write(folder: Path, record: Record, outcome: Outcome) -> None:

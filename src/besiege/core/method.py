@@ -27,7 +27,7 @@ P = ParamSpec("P")
 Within = TypeVar("Within", bound=Ball)
 Search = Iterator[Tensor] | typing.Generator[Tensor, Tensor, None]
 Asks = Literal["labels", "probability", "margin"]
-Kind = Literal["evasion", "search", "universal", "ensemble"]
+Kind = Literal["evasion", "search", "universal", "ensemble", "chain"]
 
 UNITED = "parts"
 """The argument of a union: its attacks."""
@@ -49,6 +49,7 @@ class Card:
     asks: Asks | None = None
     start: bool = False
     targeted: bool = True
+    after: tuple[Norm, ...] = ()
     options: Mapping[str, inspect.Parameter] = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -225,9 +226,12 @@ def ensemble(
 
 
 def union(*attacks: Attack) -> Attack:
-    """One attack after another, as one: ``spatial() | pgd()``. Each meets only the images that still stand.
+    """One attack after another, as one: ``pgd() | square()``. Each meets only the images that still stand.
 
     Where all of them seek the minimum, each meets every image and the nearest success is kept. One alone is itself.
+
+    Where the first works in a region that the others do not know, they are a chain: ``spatial() | pgd()`` moves an
+    image within the one region (``after`` of the threat model) and then searches the ball around where that has led.
 
     Raises:
         BadInput: they share no norm, or one of them fits a universal perturbation.
@@ -238,6 +242,10 @@ def union(*attacks: Attack) -> Attack:
     cards = [part.card for part in parts]
     names = "|".join(card.name for card in cards)
     norms = tuple(norm for norm in cards[0].norms if all(norm in card.norms for card in cards))
+    chained = not norms and all(isinstance(norm, str) for norm in cards[0].norms) and cards[0].kind == "evasion"
+    if chained:
+        parts = (parts[0], union(*parts[1:]))
+        norms = parts[1].card.norms
     if not norms:
         raise BadInput(f"{names}: there is no norm that all of them work in")
     if any(card.kind == "universal" for card in cards):
@@ -246,13 +254,14 @@ def union(*attacks: Attack) -> Attack:
         name=names,
         title=" | ".join(card.title for card in cards),
         family=cards[0].family,
-        kind="ensemble",
+        kind="chain" if chained else "ensemble",
         paper=", ".join(dict.fromkeys(card.paper for card in cards)),
         access=max(card.access for card in cards),
         norms=norms,
         seeks="minimum" if all(card.seeks == "minimum" for card in cards) else "success",
         summary=f"{len(parts)} attacks, one after another.",
         targeted=all(card.targeted for card in cards),
+        after=cards[0].norms if chained else (),
     )
     return Attack(Method(card, _in_turn), {UNITED: parts})
 

@@ -373,13 +373,17 @@ def _project_l0(adv: Tensor, x: Tensor, eps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What the adversary sees, where they may go and what they may spend (per image; None: no limit)."""
+    """What the adversary sees, where they may go and what they may spend (per image; None: no limit).
+
+    With ``after`` the image may first be moved within that region; the ball is then around where it was moved to.
+    """
 
     access: Access
     ball: Ball
     queries: int | None = None
     seconds: float | None = None
     targeted: bool = False
+    after: Ball | None = None
 
 
 def number(text: str | float) -> float:

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from besiege.core.oracle import Finished, Oracle
 from besiege.core.pool import pool
 from besiege.core.rng import Rng
 from besiege.core.target import Execution, Target
-from besiege.core.threat import INF, NORM_NAMES, Ball, Goal, ThreatModel
+from besiege.core.threat import INF, NORM_NAMES, Access, Ball, Goal, ThreatModel, rowwise
 from besiege.core.trigger import Shift, Trigger
+from besiege.engine.chain import Lowest
 
 SHARD_PIXELS = 1 << 26
 """A shard holds at most this many numbers, so that a method's state fits in memory."""
@@ -40,7 +42,8 @@ class Outcome:
 
     ``attacked`` (n,) leaves out what the clean target gets wrong (and, if targeted, what bears the target
     class already). ``adv`` is the original where ``success`` is not. ``distance`` is that of ``adv``, inf
-    where there is none; ``needed`` the forward passes up to the first success, -1 where there was none.
+    where there is none; ``needed`` the forward passes up to the first success, -1 where there was none. A chain
+    has been ``via`` these images (n, c, h, w), from which distances are measured.
     """
 
     attack: str
@@ -61,6 +64,7 @@ class Outcome:
     cpu_seconds: float
     sent: tuple[tuple[int, int], ...]
     notes: tuple[str, ...] = ()
+    via: Tensor | None = None
     setup_forward: int = 0
     setup_backward: int = 0
     setup_seconds: float = 0.0
@@ -91,6 +95,19 @@ def evade(
     Raises:
         BadInput: the attack does not fit the threat model or the target.
     """
+    if attack.card.kind == "chain":
+        return _chained(
+            attack,
+            target,
+            images,
+            threat,
+            target.labels(images.x) if clean is None else clean,
+            seed=seed,
+            target_class=target_class,
+            starts=starts,
+            execution=execution,
+            progress=progress,
+        )
     _fits(attack, target, images, threat, target_class, lens)
     clean = target.labels(images.x) if clean is None else clean
     fast = target.tuned(execution)
@@ -157,6 +174,55 @@ def evade(
         setup_forward=setup.forward,
         setup_backward=setup.backward,
         setup_seconds=setup.seconds,
+    )
+
+
+def _chained(
+    attack: Attack, target: Target, images: Images, threat: ThreatModel, clean: Tensor, **others: Any
+) -> Outcome:
+    """The first attack in its region, the second from the image of lowest margin that the first has asked about.
+
+    Each has half of the queries. Where the target shows labels alone, what has not fallen stays where it was.
+    """
+    first, second = attack.bound()()
+    if threat.after is None:
+        raise BadInput(f"{attack.name} is a chain: the threat model must say in `after` how far {first.name} may go")
+    half = None if threat.queries is None else max(1, threat.queries // 2)
+    rest = None if threat.queries is None else max(1, threat.queries - (half or 0))
+    memory: list[Lowest] = []
+
+    def remember(meter: Meter, x: Tensor, rng: Rng) -> Oracle:
+        memory.append(Lowest(meter, x))
+        return memory[-1]
+
+    sees = min(threat.access, target.access) >= Access.SCORES
+    opened = replace(threat, ball=threat.after, after=None, queries=half)
+    led = evade(first, target, images, opened, clean=clean, lens=remember if sees else None, **others)
+    moved, standing = led.adv.clone(), led.attacked & ~led.success
+    if memory:
+        every = torch.cat([kept.x for kept in memory])
+        moved[led.attacked] = torch.where(rowwise(standing[led.attacked], every), every, moved[led.attacked])
+    left = torch.where(standing, clean, (images.y + 1) % target.classes)
+    closing = replace(threat, after=None, queries=rest)
+    found = evade(second, target, replace(images, x=moved), closing, clean=left, **others)
+    first_pass = torch.where(led.needed >= 0, led.needed, led.forward + found.needed)
+    return replace(
+        found,
+        attack=str(attack),
+        threat=threat,
+        clean=clean,
+        attacked=led.attacked,
+        via=moved,
+        adv=torch.where(rowwise(found.success, moved), found.adv, led.adv),
+        success=led.success | found.success,
+        distance=torch.where(led.success, 0, found.distance),
+        forward=led.forward + found.forward,
+        backward=led.backward + found.backward,
+        needed=torch.where(led.success | found.success, first_pass, -1),
+        seconds=led.seconds + found.seconds,
+        cpu_seconds=led.cpu_seconds + found.cpu_seconds,
+        sent=led.sent + found.sent,
+        notes=led.notes + found.notes,
     )
 
 

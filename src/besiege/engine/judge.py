@@ -55,16 +55,18 @@ def judge(outcome: Outcome, target: Target, images: Images) -> Verdict:
     """
     if outcome.adv.shape != images.x.shape or not torch.equal(outcome.index, images.index):
         raise BadOutcome(f"{outcome.attack}: the outcome does not belong to these images")
-    claimed = outcome.success.nonzero().squeeze(1)
-    x, adv = images.x[claimed].double(), outcome.adv[claimed].double()
+    claimed, after = outcome.success.nonzero().squeeze(1), outcome.threat.after
+    origin = images.x if outcome.via is None else outcome.via
+    x, adv = origin[claimed].double(), outcome.adv[claimed].double()
     if not bool(adv.isfinite().all()):
         raise BadOutcome(f"{outcome.attack}: a claimed success holds numbers that are not finite")
     if bool((adv < 0).any()) or bool((adv > 1).any()):
         raise BadOutcome(f"{outcome.attack}: a claimed success leaves [0, 1]")
-    far = _far(outcome.threat.ball, adv, x)
-    eps = float(outcome.threat.ball.eps)
-    if bool((far > eps * (1 + TOLERANCE.get(outcome.threat.ball.norm, 1e-6)) + 1e-7).any()):
-        raise BadOutcome(f"{outcome.attack}: a claimed success lies {float(far.max()):.6g} away, beyond eps {eps:.6g}")
+    far = _within(outcome, outcome.threat.ball, adv, x)
+    if outcome.via is not None:
+        if after is None or not bool(((x >= 0) & (x <= 1)).all()):
+            raise BadOutcome(f"{outcome.attack}: a claimed success has been where its threat model does not let it go")
+        _within(outcome, after, x, images.x[claimed].double())
 
     n, device = len(images), images.x.device
     success = torch.zeros(n, dtype=torch.bool, device=device)
@@ -78,9 +80,17 @@ def judge(outcome: Outcome, target: Target, images: Images) -> Verdict:
         won, label[claimed], confidence[claimed] = _fresh(target, outcome.adv[claimed], goal, targeted)
         success[claimed] = won
         distance[claimed] = torch.where(won, far, math.inf)
-        rounded[claimed] = won & _fresh(target, eight_bits(outcome.adv[claimed], images.x[claimed]), goal, targeted)[0]
+        rounded[claimed] = won & _fresh(target, eight_bits(outcome.adv[claimed], origin[claimed]), goal, targeted)[0]
     _noise(outcome, target, images, far, claimed, noise)
     return Verdict(success, rounded, noise, distance, label, confidence)
+
+
+def _within(outcome: Outcome, ball: Ball, adv: Tensor, x: Tensor) -> Tensor:
+    """(n,) how far ``adv`` lies from ``x``; refused where that is beyond the ball."""
+    far, eps = _far(ball, adv, x), float(ball.eps)
+    if bool((far > eps * (1 + TOLERANCE.get(ball.norm, 1e-6)) + 1e-7).any()):
+        raise BadOutcome(f"{outcome.attack}: a claimed success lies {float(far.max()):.6g} away, beyond eps {eps:.6g}")
+    return far
 
 
 def eight_bits(adv: Tensor, x: Tensor) -> Tensor:

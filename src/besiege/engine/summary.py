@@ -124,6 +124,7 @@ def summarize(
             seconds=threat.seconds,
             targeted=threat.targeted,
             target_class=target_class,
+            after=None if threat.after is None else str(threat.after),
         ),
         setup_forward=outcome.setup_forward,
         setup_backward=outcome.setup_backward,

@@ -26,7 +26,7 @@ class Facts(BaseModel):
 
 
 class Threat(Facts):
-    """The threat model as recorded; without ``eps`` there was no radius."""
+    """The threat model as recorded; without ``eps`` there was no radius, with ``after`` the images were moved first."""
 
     norm: Norm
     eps: float | None
@@ -35,9 +35,10 @@ class Threat(Facts):
     seconds: float | None = None
     targeted: bool = False
     target_class: int | None = None
+    after: str | None = None
 
     def __str__(self) -> str:
-        return ball_text(self.norm, self.eps)
+        return (f"{self.after}, then " if self.after else "") + ball_text(self.norm, self.eps)
 
 
 class Rows(Facts):
