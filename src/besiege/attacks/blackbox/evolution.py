@@ -1,26 +1,45 @@
-"""Differential evolution of many populations at once, one an image."""
+"""Evolution of many populations at once, one an image: differential evolution and separable CMA-ES."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
+from besiege.core.threat import rowwise
 
+Strategy = Literal["de", "cma"]
 Render = Callable[[Tensor, Tensor], Tensor]
 """Draws genes (m, genes) onto images (m, c, h, w)."""
 
 
 def evolve(
-    oracle: Oracle, x: Tensor, rng: Rng, genes: Tensor, render: Render, *, generations: int, factor: float, best: bool
+    oracle: Oracle,
+    x: Tensor,
+    rng: Rng,
+    genes: Tensor,
+    render: Render,
+    *,
+    generations: int,
+    factor: float,
+    best: bool,
+    most: float = 0.0,
+    crossover: float = 1.0,
+    together: int = 1,
+    redraw: bool = False,
 ) -> None:
     """Let ``genes`` (n, population, genes) in [0, 1] evolve, so that the images that they ``render`` fall.
 
     Each child is ``a + factor * (b - c)`` of three others of its population, of which ``a`` is the fittest where
-    ``best`` says so, and takes its parent's place where its loss is lower (Storn & Price 1997).
+    ``best`` says so, and takes its parent's place where its loss is lower (Storn & Price 1997). With ``most`` each
+    generation's factor is drawn between the two. With a ``crossover`` below 1 that share of the child's genes, in
+    groups of as many as are ``together``, is new, and one group at least; the others are its parent's. A gene that
+    leaves [0, 1] stops at its edge, or is drawn anew if ``redraw`` says so.
     """
     count, width = genes.shape[1:]
     value = _values(oracle, x, genes, render)
@@ -31,10 +50,64 @@ def evolve(
         a, b, c = (genes.gather(1, others[..., k : k + 1].expand(-1, -1, width)) for k in range(3))
         if best:
             a = genes.gather(1, value.argmin(1)[:, None, None].expand(-1, -1, width))
-        child = (a + factor * (b - c)).clamp(0, 1)
+        scale = factor + (most - factor) * rng.rand(1, 1).to(x) if most > factor else factor
+        child = a + scale * (b - c)
+        if redraw:
+            child = torch.where((child < 0) | (child > 1), rng.rand(count, width).to(x), child)
+        child = child.clamp_(0, 1)
+        if crossover < 1:
+            drawn = rng.rand(count, width // together)
+            new = (drawn < crossover) | (drawn == drawn.amin(2, keepdim=True))
+            child = torch.where(new.repeat_interleave(together, 2), child, genes)
         lost = _values(oracle, x, child, render)
         won = lost < value
         genes, value = torch.where(won[..., None], child, genes), torch.where(won, lost, value)
+
+
+def adapt(
+    oracle: Oracle,
+    x: Tensor,
+    rng: Rng,
+    mean: Tensor,
+    spread: Tensor,
+    render: Render,
+    *,
+    population: int,
+    generations: int,
+) -> None:
+    """Draw genes around ``mean`` (n, genes), with deviations ``spread`` (genes,) at first, and follow the better half.
+
+    CMA-ES with a diagonal covariance matrix, whose update is linear in the genes and learns the faster for it
+    (Ros & Hansen 2008). What leaves [0, 1] is rendered from its edge.
+    """
+    d = mean.shape[1]
+    weights = math.log(population / 2 + 0.5) - torch.arange(1, population // 2 + 1, device=x.device).to(x).log()
+    weights = weights / weights.sum()
+    mass = 1 / float(weights.square().sum())
+    rate_path, rate_step = 4 / (d + 4), (mass + 2) / (d + mass + 3)
+    damping = 1 + 2 * max(0.0, math.sqrt((mass - 1) / (d + 1)) - 1) + rate_step
+    rate = 2 / (mass * (d + math.sqrt(2)) ** 2) + (1 - 1 / mass) * min(1.0, (2 * mass - 1) / ((d + 2) ** 2 + mass))
+    rate = min(1.0, rate * (d + 2) / 3)
+    expected = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d * d))
+    step, deviation = torch.ones_like(mean[:, 0]), spread.expand_as(mean)
+    turn, path = torch.zeros_like(mean), torch.zeros_like(mean)
+    for generation in range(1, generations + 1):
+        x, mean, deviation, step, turn, path, rng = oracle.live(x, mean, deviation, step, turn, path, rng)
+        noise = rng.randn(population, d).to(x)
+        value = _values(oracle, x, mean[:, None] + rowwise(step, noise) * deviation[:, None] * noise, render)
+        order = value.argsort(dim=1, stable=True)[:, : population // 2, None].expand(-1, -1, d)
+        chosen = noise.gather(1, order)
+        shift = (weights[:, None] * chosen).sum(1)
+        mean = mean + step[:, None] * deviation * shift
+        turn = (1 - rate_step) * turn + math.sqrt(rate_step * (2 - rate_step) * mass) * shift
+        length = turn.norm(dim=1) / expected
+        settled = math.sqrt(1 - (1 - rate_step) ** (2 * generation)) * (1.4 + 2 / (d + 1))
+        small = (length < settled).to(x)[:, None]
+        path = (1 - rate_path) * path + small * math.sqrt(rate_path * (2 - rate_path) * mass) * deviation * shift
+        lasting = path.square() + (1 - small) * rate_path * (2 - rate_path) * deviation.square()
+        recent = (weights[:, None] * (deviation[:, None] * chosen).square()).sum(1)
+        deviation = ((1 - rate) * deviation.square() + rate / mass * lasting + rate * (1 - 1 / mass) * recent).sqrt()
+        step = step * ((rate_step / damping) * (length - 1)).exp()
 
 
 def _values(oracle: Oracle, x: Tensor, genes: Tensor, render: Render) -> Tensor:

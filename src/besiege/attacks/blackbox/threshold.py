@@ -1,15 +1,18 @@
-"""Threshold attack: every value within eps of its own, found by differential evolution."""
+"""Threshold attack: every value within eps of its own, found by differential evolution or CMA-ES."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from besiege.attacks.blackbox.evolution import evolve
+from besiege.attacks.blackbox.evolution import Strategy, adapt, evolve
 from besiege.core.method import evasion
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
 from besiege.core.threat import INF, Access, Ball
+
+SQUARES = 8
+"""CMA-ES moves the values of an image in squares, so many across its shorter edge."""
 
 
 @evasion("Threshold", paper="arXiv:1906.06026", norms=(INF,), access=Access.SCORES)
@@ -19,30 +22,51 @@ def threshold(
     ball: Ball,
     rng: Rng,
     *,
-    population: int = 100,
-    iterations: int = 400,
+    strategy: Strategy = "cma",
+    population: int = 20,
+    iterations: int = 2000,
     factor: float = 0.5,
     best: bool = True,
     blocks: bool = True,
 ) -> None:
     """Let the whole perturbation evolve for ``iterations`` generations (Kotyan & Vargas 2022).
 
-    A candidate holds one number a value, from ``x - eps`` to ``x + eps``.
+    A candidate holds one number a value, from ``x - eps`` to ``x + eps``. ``strategy="cma"`` is CMA-ES, which begins
+    at ``x``; with ``"de"`` every child starts from the fittest, or from any if not ``best``.
 
-    Departs from the paper, whose method is ``population=400, iterations=100, best=False, blocks=False``: every child
-    starts from the fittest, and the first candidates are squares of 1, 2, 4, … pixels in turn, at either end of the
-    range.
+    Departs from the paper, where the covariance matrix is full and values are cut down to 8 bits: the matrix is
+    diagonal and values are not cut. By default, too, CMA-ES has one number for each square, an eighth of the image
+    wide, and a deviation of eps at first, so that it finds nothing finer; with ``blocks=False`` it has one for each
+    value and a deviation of a quarter of eps, as in the paper, whose population is ``4 + 3 log(values)``. The first
+    candidates of differential evolution are squares of 1, 2, 4, … pixels in turn, at either end of the range, for
+    which 100 serve best; the paper's is ``strategy="de", population=400, iterations=100, blocks=False``.
     """
-    genes = (_squares(x, rng, population) if blocks else rng.rand(population, x[0].numel())).to(x)
-    evolve(
+
+    def render(image: Tensor, part: Tensor) -> Tensor:
+        return ball.project(image + ball.eps * (2 * part.view_as(image) - 1), image)
+
+    if strategy == "de":
+        genes = (_squares(x, rng, population) if blocks else rng.rand(population, x[0].numel())).to(x)
+        evolve(oracle, x, rng, genes, render, generations=iterations, factor=factor, best=best)
+        return
+    c, h, w = x.shape[1:]
+    side, spread = (max(1, min(h, w) // SQUARES), 0.5) if blocks else (1, 0.125)
+    down, across = -(-h // side), -(-w // side)
+
+    def widened(image: Tensor, part: Tensor) -> Tensor:
+        whole = part.clamp(0, 1).view(-1, c, down, across).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        return render(image, whole[:, :, :h, :w].contiguous())
+
+    middle = x.new_full((len(x), c * down * across), 0.5)
+    adapt(
         oracle,
         x,
         rng,
-        genes,
-        lambda image, part: ball.project(image + ball.eps * (2 * part.view_as(image) - 1), image),
+        middle,
+        torch.full_like(middle[0], spread),
+        widened,
+        population=population,
         generations=iterations,
-        factor=factor,
-        best=best,
     )
 
 
