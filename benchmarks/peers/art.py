@@ -105,6 +105,12 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) 
     return _run(attack, x, y)
 
 
+def boundary(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
+    """It wants the classifier to be asked in its own precision, as HopSkipJump below."""
+    attack = e.BoundaryAttack(_classifier(Single(model), x), targeted=False, max_iter=steps, verbose=False)
+    return _run(attack, x, None)
+
+
 def hopskipjump(model: nn.Module, x: Tensor, y: Tensor, *, rounds: int) -> Tensor:
     """On numpy 2 it asks in float64, which a float32 network refuses; `Single` lets it run all the same."""
     attack = e.HopSkipJump(_classifier(Single(model), x), norm=2, max_iter=rounds, batch_size=128, verbose=False)

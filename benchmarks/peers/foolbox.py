@@ -52,6 +52,10 @@ def brendel_bethge(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps:
     return _run(getattr(fb.attacks, f"{name}BrendelBethgeAttack")(steps=steps), model, x, y, None)
 
 
+def boundary(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
+    return _run(fb.attacks.BoundaryAttack(steps=steps), model, x, y, None)
+
+
 def hopskipjump(model: nn.Module, x: Tensor, y: Tensor, *, rounds: int) -> Tensor:
     return _run(fb.attacks.HopSkipJumpAttack(steps=rounds), model, x, y, None)
 
