@@ -177,7 +177,7 @@ CASES = (
         )
         for network, eps, strength in (("A", 1.0, 4.0), ("B", 0.1, 0.3))
     ),
-    Case("square", "R", "linf:0.15", {"iterations": 1000}, queries=1000),
+    Case("square", "R", "linf:0.15", {"iterations": 1000}, queries=1000, images=50),
     # 16 rounds are what 5,000 queries pay for: the t-th spends 100 sqrt(t) on its gradient and about 30 on the rest.
     Case("hopskipjump", "A", "l2:inf", peers={"rounds": 16}, queries=5000, seeds=(0, 1, 2), images=50),
     Case("autoattack", "R", "linf:0.1", laps=1),
@@ -188,6 +188,7 @@ CASES = (
             ("fmn", "A", "l2:inf", {}, None),
             ("cw-l2", "A", "l2:inf", {}, None),
             ("hopskipjump", "A", "l2:inf", {}, 5000),
+            ("square", "R", "linf:0.15", {"iterations": 1000}, 1000),
             ("fgsm", "B", "linf:8/255", {}, None),
             ("bim", "B", "linf:8/255", {"steps": 30}, None),
             ("apgd", "B", "linf:8/255", {}, None),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import peers, table
-from benchmarks.cases import CASES, CLAIMS, MODEL_BOUND, Case, Result
+from benchmarks.cases import CASES, CLAIMS, MODEL_BOUND, Case, Result, overhead
 from besiege.bench import measure
 from besiege.bench.measure import (
     Call,
@@ -176,7 +176,9 @@ def test_the_page_says_of_every_bar_whether_it_was_met() -> None:
     page = table.render([Result(case, {"besiege": fast, "foolbox": slow, "ART": Failure("a | b")})])
     assert "| pgd | CPU ms an image | 14 | 15 | met |" in page
     assert "| pgd | robust accuracy, against the best peer's | 0.2 | 0.1 | **missed** |" in page
-    assert f"| all | CPU time over the floor, median over {', '.join(MODEL_BOUND)} | 1.05 | 1.1 | met |" in page
+    said = f"CPU time over the floor on the ResNet-20, median over {', '.join(MODEL_BOUND)}"
+    assert f"| all | {said} | 1.05 | 1.1 | met |" in page
+    assert "| all | CPU time over the floor on the digits CNNs, which take 0.05 ms an image | not measured" in page
     assert "| ART | does not run: a / b |" in page
     assert "pgd on B, linf:8/255; steps 40; 2 images" in page
 
@@ -211,7 +213,7 @@ def test_the_best_peer_is_among_those_that_make_most_images_fall() -> None:
 
 
 def test_every_claim_belongs_to_a_case_and_every_case_can_be_made() -> None:
-    names = {name for case in CASES for name in (case.name, case.key)}
+    names = {name for case in CASES for name in (case.name, case.key, case.place)}
     assert {claim.name for claim in CLAIMS} <= names
     for case in CASES:
         assert case.attack.name == case.name
@@ -234,3 +236,36 @@ def test_a_peer_gets_of_the_options_what_it_takes() -> None:
     run = peers.contender(attack, {"eps": 0.25, "steps": 7})
     images = pixels(0.5)
     assert torch.equal(run(Linear(), images, 0), images.x + 0.25)
+
+
+def test_the_overhead_is_the_median_on_a_network_and_of_two_races_the_larger_counts() -> None:
+    ran = [
+        Result(Case("fmn", "A", "l2:inf"), {"besiege": figures(images=50, overhead=1.5)}),
+        Result(Case("fmn", "A", "l2:inf", alone=True), {"besiege": figures(images=100, overhead=1.1)}),
+        Result(Case("ddn", "R", "l2:inf"), {"besiege": figures(overhead=1.2)}),
+        Result(Case("pgd", "B", "linf:0.1"), {"besiege": figures(overhead=1.0)}),
+        Result(Case("jsma", "A", "l0:inf"), {"besiege": figures(overhead=9.0)}),
+    ]
+    assert overhead(ran, "AR") == pytest.approx(1.15)
+    assert overhead(ran, "B") == 1.0
+    with pytest.raises(BadInput, match="none of the attacks"):
+        overhead(ran[-1:], "A")
+    assert str(ran[1].case) != str(ran[0].case)
+
+
+def test_a_race_alone_has_no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def contenders(name: str, options: object) -> dict[str, Contender]:
+        asked.append(name)
+        return {}
+
+    monkeypatch.setattr(peers, "contenders", contenders)
+    monkeypatch.setattr(table, "race", lambda contenders, *_, **__: {name: figures() for name in contenders})
+    monkeypatch.setattr(
+        table, "bench", lambda network, n: (Target.of(Linear(), classes=2, shape=(1, 2, 2)), pixels(0.1))
+    )
+    for alone in (True, False):
+        found = table.measure(Case("fmn", "A", "l2:inf", alone=alone), 2, 1, "", lambda line: None)
+        assert list(found.figures) == ["besiege"]
+    assert asked == ["fmn"]

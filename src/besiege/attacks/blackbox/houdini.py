@@ -1,4 +1,4 @@
-"""Houdini: descend a smooth bound of the task's own loss, on the target or on a model that stands in for it."""
+"""Houdini: descend a smooth stand-in for the task's own loss."""
 
 from __future__ import annotations
 
