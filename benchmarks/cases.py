@@ -119,7 +119,7 @@ CASES = (
         "l0:inf",
         paper={"share": 0.3, "opening": 0, "steps": 1000, "lr": 0.01, "doublings": 31},
         laps=1,
-        images=5,
+        images=2,
     ),
     Case(
         "lbfgs",
@@ -137,7 +137,7 @@ CASES = (
             peers={"steps": 1000, "searches": 9, "beta": beta},
             paper={"steps": 1000, "searches": 9, "beta": beta, "stride": 0.01},
             laps=1,
-            images=50,
+            images=20,
         )
         for norm, beta in ((1, 1e-2), (2, 1e-3))
     ),
@@ -149,7 +149,7 @@ CASES = (
             {"steps": 100},
             paper={"steps": 1000, "opening": 0.0, "depth": 0.0, "region": 1e-3, "halvings": 20, "momentum": 0.8},
             laps=1,
-            images=50,
+            images=20,
         )
         for norm in ("l0", "l1", "l2", "linf")
     ),
