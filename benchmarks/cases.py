@@ -201,6 +201,16 @@ CASES = (
             ("autoattack", "B", "linf:8/255", {}, None),
         )
     ),
+    *(
+        Case(name, "B", threat, laps=1, images=20, alone=True)
+        for name, threat in (
+            ("cw-linf", "linf:inf"),
+            ("cw-l0", "l0:inf"),
+            ("lbfgs", "l2:inf"),
+            ("ead", "l1:inf"),
+            ("newtonfool", "l2:inf"),
+        )
+    ),
 )
 
 
@@ -355,18 +365,21 @@ CLAIMS = (
 
 
 MODEL_BOUND = ("fgsm", "bim", "pgd", "apgd", "deepfool", "cw-l2", "fmn", "ddn", "square", "hopskipjump", "autoattack")
-"""The attacks of which it is asked that nearly all of their time is the model's."""
+"""The attacks of which it is asked that nearly all of their time is the model's: 1.10 times that at most."""
+
+WHITE_BOX = ("cw-linf", "cw-l0", "lbfgs", "ead", "ddn", "jsma", "newtonfool")
+"""Those of which 1.15 times is asked."""
 
 
-def overhead(results: Sequence[Result], networks: str) -> float:
-    """Our CPU time over the floor on ``networks``, the median over `MODEL_BOUND`; the bar is 1.10.
+def overhead(results: Sequence[Result], networks: str, names: Sequence[str] = MODEL_BOUND) -> float:
+    """Our CPU time over the floor on ``networks``, the median over the attacks ``names``.
 
     Where an attack was raced twice, the race with more images counts.
 
     Raises:
         BadInput: none of them ran.
     """
-    ran = [r for r in results if r.case.name in MODEL_BOUND and r.case.network in networks]
+    ran = [r for r in results if r.case.name in names and r.case.network in networks]
     found = {r.case.name: r.ours.overhead for r in sorted(ran, key=lambda r: r.ours.images)}
     if not found:
         raise BadInput("none of the attacks of which it is asked was run")
