@@ -48,7 +48,7 @@ def ead(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps: int, searc
 
 
 def brendel_bethge(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps: int) -> Tensor:
-    name = {0: "L0", 1: "L1", 2: "L2", INF: "Linf"}[norm]
+    name = {0: "L0", 1: "L1", 2: "L2", INF: "Linfinity"}[norm]
     return _run(getattr(fb.attacks, f"{name}BrendelBethgeAttack")(steps=steps), model, x, y, None)
 
 
