@@ -9,8 +9,6 @@ from art.attacks import evasion as e
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
-from besiege.core.threat import Norm
-
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, *, eps: float) -> Tensor:
     return _run(e.FastGradientMethod(_classifier(model, x), eps=eps, batch_size=len(x)), x, y)
@@ -62,19 +60,6 @@ def cw_linf(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def cw_l0(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return _run(e.CarliniL0Method(_classifier(model, x), batch_size=len(x), verbose=False), x, y)
-
-
-def ead(model: nn.Module, x: Tensor, y: Tensor, *, norm: Norm, steps: int, searches: int, beta: float) -> Tensor:
-    attack = e.ElasticNet(
-        _classifier(model, x),
-        max_iter=steps,
-        binary_search_steps=searches,
-        beta=beta,
-        decision_rule={1: "L1", 2: "EN"}[norm],
-        batch_size=len(x),
-        verbose=False,
-    )
-    return _run(attack, x, y)
 
 
 def deepfool(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import sys
 import threading
 import time
 from email.utils import formatdate
@@ -23,6 +24,7 @@ from besiege.data import open_images
 from besiege.embedded.networks import load
 from besiege.engine.evasion import evade
 from besiege.targets import expects, open_target
+from besiege.targets.cache import Cached
 from besiege.targets.callable import from_callable
 from besiege.targets.http import WAVES, Endpoint, Service
 
@@ -404,6 +406,19 @@ def test_what_was_answered_before_a_failure_is_kept(serve, digits, tmp_path):
     assert 10 <= server.answered < len(digits)
     target.scores(digits.x)
     assert server.answered == len(digits)
+
+
+def test_a_cache_may_be_let_go_of_by_any_thread(tmp_path):
+    held = [Cached(lambda x: iter(()), tmp_path / "answers.sqlite", "someone")]
+    unraisable = []
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable.append
+    try:
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
+    finally:
+        sys.unraisablehook = hook
+    assert unraisable == [] and held == []
 
 
 def test_a_cache_of_another_classifier_is_refused(serve, digits, tmp_path):

@@ -43,7 +43,8 @@ class Cached:
         self.stream, self.path = stream, path
         with self._readable():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=30)
+            # Whichever thread lets go of the target last closes the file.
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=30, check_same_thread=False)
             weakref.finalize(self, self._db.close)
             self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + SCHEMA)
             self._db.execute("INSERT INTO cached SELECT ? WHERE NOT EXISTS (SELECT 1 FROM cached)", (of,))
