@@ -180,6 +180,16 @@ CASES = (
     Case("square", "R", "linf:0.15", {"iterations": 1000}, queries=1000, images=50),
     # 16 rounds are what 5,000 queries pay for: the t-th spends 100 sqrt(t) on its gradient and about 30 on the rest.
     Case("hopskipjump", "A", "l2:inf", peers={"rounds": 16}, queries=5000, seeds=(0, 1, 2), images=50),
+    # 500 queries are a tenth of what ART spends here; left alone, ours spends 2,855.
+    Case(
+        "zoo",
+        "A",
+        "l2:inf",
+        peers={"iterations": 100, "searches": 1, "first_c": 1.0},
+        queries=500,
+        laps=1,
+        images=20,
+    ),
     Case("autoattack", "R", "linf:0.1", laps=1),
     *(
         Case(name, network, threat, options, queries=queries, alone=True)
@@ -349,6 +359,10 @@ CLAIMS = (
     Claim(
         "hopskipjump", "CPU time over cleverhans'", lambda r: r.ours.cpu_ms / r.of("cleverhans").cpu_ms, lambda r: 1.0
     ),
+    Claim("zoo", "queries over ART's", lambda r: r.ours.forward / r.of("ART").forward, lambda r: 0.1),
+    Claim("zoo", "robust accuracy, against ART's", lambda r: _robust(r.ours), lambda r: _robust(r.of("ART"))),
+    Claim("zoo", "median norm over ART's", lambda r: _median(r.ours) / _median(r.of("ART")), lambda r: 1.0),
+    Claim("zoo", "CPU time over ART's", lambda r: r.ours.cpu_ms / r.of("ART").cpu_ms, lambda r: 0.45),
     Claim(
         "autoattack",
         "robust accuracy, against auto-attack's",

@@ -102,6 +102,21 @@ def hopskipjump(model: nn.Module, x: Tensor, y: Tensor, *, rounds: int) -> Tenso
     return _run(attack, x, None)
 
 
+def zoo(model: nn.Module, x: Tensor, y: Tensor, *, iterations: int, searches: int, first_c: float) -> Tensor:
+    """Without its resizing, which enlarges images below 32 by 32, and the sampling that goes with it."""
+    attack = e.ZooAttack(
+        _classifier(model, x),
+        max_iter=iterations,
+        binary_search_steps=searches,
+        initial_const=first_c,
+        use_resize=False,
+        use_importance=False,
+        batch_size=1,
+        verbose=False,
+    )
+    return _run(attack, x, y)
+
+
 class Single(nn.Module):
     """The model, asked in single precision whatever it is asked in."""
 
