@@ -212,7 +212,8 @@ CASES = (
         )
     ),
     *(
-        Case(name, "B", threat, laps=1, images=20, alone=True)
+        Case(name, network, threat, laps=laps, images=images, alone=True)
+        for network, laps, images in (("A", 3, 100), ("B", 1, 20))
         for name, threat in (
             ("cw-linf", "linf:inf"),
             ("cw-l0", "l0:inf"),

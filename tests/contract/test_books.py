@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import CARDS, Watch, cases, curved, fire, flat, quick
+from toys import CARDS, Watch, cases, curved, fire, flat, quick, shape_for
 
 from besiege.core.errors import AccessDenied, BadInput
 from besiege.core.threat import INF, NORM_NAMES, Access, ThreatModel
@@ -18,7 +18,7 @@ from besiege.regions import within
 @pytest.mark.parametrize("budget", [1, 7, 37, 100])
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_a_budget_is_never_exceeded_and_every_row_is_counted(name, norm, budget):
-    toy = curved(n=3)
+    toy = curved(shape_for(norm), n=3)
     clean = toy.images.y
     watch = Watch(toy.model)
     together = fire(name, norm, toy, model=watch, queries=budget, clean=clean)
@@ -32,7 +32,7 @@ def test_a_budget_is_never_exceeded_and_every_row_is_counted(name, norm, budget)
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_without_a_budget_every_row_is_counted(name, norm):
-    toy = curved(n=3)
+    toy = curved(shape_for(norm), n=3)
     watch = Watch(toy.model)
     outcome = fire(name, norm, toy, model=watch, clean=toy.images.y)
     assert watch.forward == int(outcome.forward.sum()) + outcome.setup_forward
@@ -43,7 +43,7 @@ def test_without_a_budget_every_row_is_counted(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases(first=True))
 def test_the_declared_access_is_enough_and_less_is_refused(name, norm, monkeypatch):
-    toy, card = curved(n=3), CARDS[name]
+    toy, card = curved(shape_for(norm), n=3), CARDS[name]
     narrow = toy.target().granting(card.access)
     fire(name, norm, toy, target=narrow)
     if card.access == Access.LABELS:
@@ -60,7 +60,7 @@ def test_the_declared_access_is_enough_and_less_is_refused(name, norm, monkeypat
 
 @pytest.mark.parametrize(("name", "norm"), cases(lambda card: card.kind != "search"))
 def test_a_batch_costs_no_more_calls_than_one_image(name, norm):
-    toy = curved(n=64)
+    toy = curved(shape_for(norm), n=64)
     fixed = toy.model[-1].bias.clone()
     try:
         toy.model[-1].bias[0] = 1e6  # no way out, so nothing stops early
@@ -75,7 +75,7 @@ def test_a_batch_costs_no_more_calls_than_one_image(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases(lambda card: card.kind == "search", first=True))
 def test_a_search_asks_about_many_images_in_one_call(name, norm):
-    toy = curved(n=32)
+    toy = curved(shape_for(norm), n=32)
     one, many = Watch(toy.model), Watch(toy.model)
     fire(name, norm, toy, toy.images[:1], model=one, queries=100)
     fire(name, norm, toy, model=many, queries=100)
@@ -85,7 +85,7 @@ def test_a_search_asks_about_many_images_in_one_call(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases(first=True))
 def test_images_that_are_wrong_already_are_left_out_and_cost_nothing(name, norm):
-    toy = curved(n=5)
+    toy = curved(shape_for(norm), n=5)
     wrong = torch.tensor([False, True, False, False, True])
     images = replace(toy.images, y=torch.where(wrong, (toy.images.y + 1) % 3, toy.images.y))
     outcome = fire(name, norm, toy, images)
@@ -102,7 +102,7 @@ def test_images_that_are_wrong_already_are_left_out_and_cost_nothing(name, norm)
 
 @pytest.mark.parametrize(("name", "norm"), cases(first=True))
 def test_what_does_not_fit_is_refused(name, norm):
-    toy, card = curved(n=3), CARDS[name]
+    toy, card = curved(shape_for(norm), n=3), CARDS[name]
     good = ThreatModel(Access.WEIGHTS, within(norm, 0.1))
     for bad in set(NORM_NAMES) - set(card.norms):
         with pytest.raises(BadInput, match="works in"):
@@ -116,6 +116,10 @@ def test_what_does_not_fit_is_refused(name, norm):
     if card.seeks == "success":
         with pytest.raises(BadInput, match="radius"):
             evade(quick(name), toy.target(), toy.images, replace(good, ball=within(norm, INF)))
+    if card.channels:
+        other = curved((card.channels + 1, 8, 8), n=3)
+        with pytest.raises(BadInput, match=f"takes images of {card.channels} channels"):
+            evade(quick(name), other.target(), other.images, good)
     if card.kind == "universal":
         with pytest.raises(BadInput, match="give some"):
             evade(quick(name), toy.target(), toy.images, good)

@@ -11,6 +11,7 @@ from scipy.optimize import linprog
 from torch import nn
 from toys import (
     CARDS,
+    CHANNELS,
     EPS,
     POSES,
     Linear,
@@ -23,6 +24,7 @@ from toys import (
     generator,
     posed,
     quick,
+    shape_for,
     target_of,
 )
 
@@ -44,7 +46,7 @@ def ample(name: str, norm: Norm) -> float:
     return 1.2 if norm == "spatial" else ENOUGH[CARDS[name].access]
 
 
-THOROUGH = {"steps": 80, "iterations": 400, "queries": 400, "searches": 5}
+THOROUGH = {"steps": 80, "iterations": 400, "queries": 400, "searches": 5, "trials": 1000}
 
 
 def thorough(name):
@@ -55,7 +57,7 @@ def thorough(name):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(("name", "norm"), cases(lambda card: card.seeks == "minimum"))
 def test_the_minimum_on_a_linear_model(name, norm, classes):
-    toy = flat(classes)
+    toy = flat(classes, channels=CHANNELS.get(norm, 1))
     least = toy.needed(norm)
     outcome = fire(name, norm, toy, attack=thorough(name), queries=2000)
     assert bool(outcome.success.all())
@@ -67,7 +69,7 @@ def test_the_minimum_on_a_linear_model(name, norm, classes):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(("name", "norm"), cases(lambda card: card.seeks == "success"))
 def test_success_on_a_linear_model_from_the_needed_radius_on(name, norm, classes):
-    toy = flat(classes)
+    toy = flat(classes, channels=CHANNELS.get(norm, 1))
     least = toy.needed(norm)
     enough = float(least.max()) * ample(name, norm)
     assert bool(fire(name, norm, toy, eps=enough, attack=thorough(name), queries=1500).success.all())
@@ -78,7 +80,7 @@ def test_success_on_a_linear_model_from_the_needed_radius_on(name, norm, classes
 @pytest.mark.parametrize(("name", "norm"), cases(lambda card: card.targeted))
 def test_a_class_of_choice_on_a_linear_model(name, norm):
     card = CARDS[name]
-    toy = flat(3)
+    toy = flat(3, channels=CHANNELS.get(norm, 1))
     least = toy.needed(norm, goal=2)
     if card.seeks == "minimum":
         outcome = fire(name, norm, toy, target_class=2, attack=thorough(name), starts=toy.starts(), queries=2000)
@@ -93,7 +95,7 @@ def test_a_class_of_choice_on_a_linear_model(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_pixels_at_zero_and_one_can_move(name, norm):
-    toy = flat(2, saturated=True)
+    toy = flat(2, saturated=True, channels=CHANNELS.get(norm, 1))
     x, least = toy.images.x, toy.needed(norm)
     assert set(x.unique().tolist()) == {0.0, 1.0}
     card = CARDS[name]
@@ -111,11 +113,11 @@ def planted(norm: Norm, seed: int) -> tuple[Toy, float]:
     The test of Zimmermann et al. 2022 (arXiv:2206.13991): where an adversarial example surely exists, an attack
     that finds none is broken.
     """
-    base = curved(classes=2)
+    base = curved(shape_for(norm), classes=2)
     eps = 2 * EPS[norm] if norm else 3.0
     ball = within(norm, eps)
     g = generator(seed)
-    x = torch.rand(1, 1, 8, 8, generator=g) * 0.6 + 0.2
+    x = torch.rand(1, *base.shape, generator=g) * 0.6 + 0.2
     many = x.expand(200, -1, -1, -1)
     inner = ball.sized(0.6 * eps).sample(many, Rng.of(seed, torch.arange(200), "inner"))
     secret = ball.farthest(x, torch.randn(x.shape, generator=g))
@@ -136,7 +138,7 @@ def planted(norm: Norm, seed: int) -> tuple[Toy, float]:
     assert model(secret.double()).argmax(1).item() == 1
     assert model(torch.cat([x, inner]).double()).argmax(1).sum() == 0
     fitted = Images.of(torch.cat([x, inner[:39]]), torch.zeros(40, dtype=torch.int64))
-    return Toy(model, images, fitted, (1, 8, 8), 2), eps
+    return Toy(model, images, fitted, base.shape, 2), eps
 
 
 @pytest.mark.parametrize(("name", "norm"), cases())
@@ -152,7 +154,7 @@ def test_an_example_that_surely_exists_is_found(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_an_image_without_a_way_out_does_not_hold_up_the_others(name, norm):
-    toy = flat(2)
+    toy = flat(2, channels=CHANNELS.get(norm, 1))
     eps = 1.2 * ample(name, norm) * float(toy.needed(norm).max())
     x = torch.cat([stuck(toy, norm, eps), toy.images.x])
     images = Images.of(x, torch.zeros(len(x), dtype=torch.int64))
@@ -163,9 +165,12 @@ def test_an_image_without_a_way_out_does_not_hold_up_the_others(name, norm):
 
 
 def stuck(toy, norm, eps):
-    """An image as deep in class 0 as the box allows; where brightness only moves about, one without room for it."""
+    """An image as deep in class 0 as the box allows; in a region one without room for its changes."""
     if norm == "wasserstein":
         return torch.ones(1, *toy.shape)
+    if norm == "color":
+        weight = toy.model.weight.view(2, *toy.shape).sum(1)
+        return (weight[0] > weight[1]).float().expand(1, *toy.shape).clone()
     if norm == "spatial":
         weight, bias = ((part[0] - part[1]).numpy() for part in (toy.model.weight, toy.model.bias))
         pixels = torch.eye(weight.size).view(-1, *toy.shape)
@@ -183,8 +188,8 @@ def stuck(toy, norm, eps):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_where_there_is_no_way_out_at_all_nothing_is_claimed(name, norm):
-    toy = curved()
-    target = target_of(lambda x: toy.model(x) * 1e-3 + torch.tensor([9.0, 0, 0]).double(), (1, 8, 8), 3)
+    toy = curved(shape_for(norm))
+    target = target_of(lambda x: toy.model(x) * 1e-3 + torch.tensor([9.0, 0, 0]).double(), toy.shape, 3)
     images = replace(toy.images, y=torch.zeros_like(toy.images.y))
     outcome = fire(name, norm, toy, images, target=target)
     assert not bool(outcome.success.any())
@@ -203,16 +208,16 @@ SILENT = {
 @pytest.mark.parametrize("silent", SILENT)
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_gradients_that_say_nothing_do_no_harm(name, norm, silent):
-    toy = curved(n=3)
+    toy = curved(shape_for(norm), n=3)
     images = replace(toy.images, y=torch.zeros_like(toy.images.y))
-    outcome = fire(name, norm, toy, images, target=target_of(SILENT[silent], (1, 8, 8), 3))
+    outcome = fire(name, norm, toy, images, target=target_of(SILENT[silent], toy.shape, 3))
     assert not bool(outcome.success.any())
     assert torch.equal(outcome.adv, images.x)
 
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_a_constant_added_to_all_logits_changes_nothing(name, norm):
-    toy = curved(images=torch.float64)
+    toy = curved(shape_for(norm), images=torch.float64)
     plain = fire(name, norm, toy)
     for constant in (-128.0, 128.0):
         moved = fire(name, norm, toy, model=lambda x, constant=constant: toy.model(x) + constant)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import CARDS, Toy, Watch, cases, curved, fire, generator
+from toys import CARDS, Toy, Watch, cases, curved, fire, generator, shape_for
 
 from besiege.core.images import Images
 from besiege.core.target import Target
@@ -17,9 +17,16 @@ from besiege.engine.judge import judge
 SHAPES = [(1, 5, 9), (3, 7, 5), (4, 8, 9)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize(("name", "norm"), cases())
+@pytest.mark.parametrize(
+    ("name", "norm", "shape"),
+    [
+        pytest.param(*case.values, shape, id=f"{case.id}-{shape}")
+        for case in cases()
+        for shape in SHAPES
+        if CARDS[case.values[0]].channels in (None, shape[0])
+    ],
+)
 def test_any_number_of_channels_and_classes(name, norm, classes, shape):
     toy = curved(shape, classes, n=3)
     outcome = fire(name, norm, toy, queries=200)
@@ -38,7 +45,7 @@ class Strict(Target):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_single_precision_from_end_to_end(name, norm):
-    toy = curved(dtype=torch.float32)
+    toy = curved(shape_for(norm), dtype=torch.float32)
     watch = Watch(toy.model)
     outcome = fire(name, norm, toy, target=Strict(watch, Access.WEIGHTS, 3, toy.shape))
     assert watch.types == {torch.float32}
@@ -48,18 +55,18 @@ def test_single_precision_from_end_to_end(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases(first=True))
 def test_double_precision_from_end_to_end(name, norm):
-    outcome = fire(name, norm, curved(images=torch.float64))
+    outcome = fire(name, norm, curved(shape_for(norm), images=torch.float64))
     assert outcome.adv.dtype == torch.float64
 
 
 class Moody(nn.Module):
     """Answers otherwise in training: with running statistics and chance. Raises at call number ``last``."""
 
-    def __init__(self, last: int | None = None) -> None:
+    def __init__(self, channels: int, last: int | None = None) -> None:
         super().__init__()
         g = generator(3)
         self.layers = nn.Sequential(
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)
+            nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)
         )
         for weight in self.parameters():
             weight.data = torch.randn(weight.shape, generator=g) * 0.3
@@ -75,17 +82,18 @@ class Moody(nn.Module):
 @pytest.mark.parametrize("last", [None, 3])
 @pytest.mark.parametrize(("name", "norm"), cases(first=True))
 def test_the_model_is_left_as_it_was(name, norm, last):
-    module = Moody(last)
+    shape = shape_for(norm)
+    module = Moody(shape[0], last)
     module.train()
     module.layers[1].eval()
     module.layers[0].weight.requires_grad_(False)
     training = [m.training for m in module.modules()]
     trainable = [w.requires_grad for w in module.parameters()]
     state = {key: value.clone() for key, value in module.state_dict().items()}
-    target = Target(lambda x: module(x), Access.WEIGHTS, 3, (1, 8, 8), module=module)
-    images = Images.of(torch.rand(4, 1, 8, 8, generator=generator(1)), torch.zeros(4, dtype=torch.int64))
+    target = Target(lambda x: module(x), Access.WEIGHTS, 3, shape, module=module)
+    images = Images.of(torch.rand(4, *shape, generator=generator(1)), torch.zeros(4, dtype=torch.int64))
     images = Images.of(images.x, target.labels(images.x))
-    toy, module.calls = Toy(module, images, images, (1, 8, 8), 3), 0
+    toy, module.calls = Toy(module, images, images, shape, 3), 0
     if last is None:
         one = fire(name, norm, toy, target=target)
         assert torch.equal(judge(one, target, images).success, one.success)
@@ -100,7 +108,7 @@ def test_the_model_is_left_as_it_was(name, norm, last):
 
 @pytest.mark.parametrize(("name", "norm"), cases(first=True))
 def test_time_that_has_run_out_ends_a_method(name, norm):
-    toy = curved(n=3)
+    toy = curved(shape_for(norm), n=3)
     outcome = fire(name, norm, toy, seconds=1e-9)
     assert int(outcome.forward.sum()) == 0
     assert not bool(outcome.success.any())

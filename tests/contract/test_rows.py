@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import CARDS, EPS, Watch, cases, curved, differences, fire, names_in, pairs
+from toys import CARDS, EPS, Watch, cases, curved, differences, fire, names_in, pairs, shape_for
 
 from besiege.core.rng import Rng, Stream
 from besiege.core.threat import NORM_NAMES, Access
@@ -28,7 +28,7 @@ def test_the_toy_itself_computes_each_row_alone():
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_alone_and_in_a_batch_are_equal(name, norm):
-    toy = curved(n=5)
+    toy = curved(shape_for(norm), n=5)
     together = fire(name, norm, toy)
     for i in range(5):
         assert differences(fire(name, norm, toy, toy.images[i : i + 1]), together, slice(i, i + 1)) == []
@@ -36,7 +36,7 @@ def test_alone_and_in_a_batch_are_equal(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_order_batch_size_and_shards_do_not_matter(name, norm, monkeypatch):
-    toy = curved(n=5)
+    toy = curved(shape_for(norm), n=5)
     whole = fire(name, norm, toy)
     order = torch.tensor([3, 0, 4, 1, 2])
     assert differences(fire(name, norm, toy, toy.images[order]), whole, order.tolist()) == []
@@ -46,7 +46,7 @@ def test_order_batch_size_and_shards_do_not_matter(name, norm, monkeypatch):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_how_the_images_lie_in_memory_does_not_matter(name, norm):
-    toy = curved(n=5)
+    toy = curved(shape_for(norm), n=5)
     turned = replace(toy.images, x=toy.images.x.transpose(2, 3).contiguous().transpose(2, 3))
     assert not turned.x.is_contiguous()
     assert differences(fire(name, norm, toy, turned), fire(name, norm, toy)) == []
@@ -54,7 +54,7 @@ def test_how_the_images_lie_in_memory_does_not_matter(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_a_seed_decides_every_draw(name, norm, monkeypatch):
-    toy, drawn = curved(n=5), []
+    toy, drawn = curved(shape_for(norm), n=5), []
 
     def spied(method):
         def call(self, *shape):
@@ -77,7 +77,7 @@ def test_a_seed_decides_every_draw(name, norm, monkeypatch):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_nothing_that_was_handed_over_changes(name, norm):
-    toy = curved(n=5)
+    toy = curved(shape_for(norm), n=5)
     x, y, fitted = toy.images.x.clone(), toy.images.y.clone(), toy.training.x.clone()
     weights = [w.clone() for w in toy.model.parameters()]
     torch.manual_seed(5)
@@ -95,7 +95,7 @@ def test_nothing_that_was_handed_over_changes(name, norm):
 
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_what_is_found_lies_in_the_ball_and_is_confirmed(name, norm):
-    toy = curved(n=5)
+    toy = curved(shape_for(norm), n=5)
     watch = Watch(toy.model)
     outcome = fire(name, norm, toy, model=watch, eps=EPS[norm])
     verdict = judge(outcome, toy.target(), toy.images)
@@ -124,14 +124,14 @@ def sizes(norm, adv, x):
 @pytest.mark.parametrize("norm", NORM_NAMES)
 def test_no_two_methods_find_the_same(norm):
     """But for an ensemble, which finds what its parts find."""
-    toy = curved(n=5)
+    toy = curved(shape_for(norm), n=5)
     found = {name: fire(name, norm, toy).adv for name in names_in(norm, lambda card: card.kind != "ensemble")}
     assert [f"{a} = {b}" for a, b in pairs(list(found)) if torch.equal(found[a], found[b])] == []
 
 
 @pytest.mark.parametrize(("name", "norm"), cases(lambda card: card.targeted))
 def test_a_class_can_be_the_goal(name, norm):
-    toy = curved(n=8)
+    toy = curved(shape_for(norm), n=8)
     outcome = fire(name, norm, toy, target_class=2, eps=None if CARDS[name].seeks == "minimum" else 4 * EPS[norm])
     assert torch.equal(outcome.attacked, toy.images.y != 2)
     assert bool((toy.target().labels(outcome.adv[outcome.success]) == 2).all())

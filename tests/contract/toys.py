@@ -22,15 +22,27 @@ from besiege.core.target import Target
 from besiege.core.threat import INF, NORM_NAMES, Access, Norm, ThreatModel
 from besiege.engine.evasion import Outcome, evade
 from besiege.regions import within
+from besiege.regions.color import WIDEST, shifted, to_lab
 
-SMALL = {"steps": 25, "iterations": 150, "queries": 150, "searches": 4, "restarts": 1, "epochs": 6, "probes": 30}
+SMALL = {
+    "steps": 25,
+    "iterations": 150,
+    "queries": 150,
+    "searches": 4,
+    "restarts": 1,
+    "epochs": 6,
+    "probes": 30,
+    "trials": 150,
+}
 """What the options that make a method slow are cut down to."""
 
-EPS: dict[Norm, float] = {0: 1.0, 1: 0.5, 2: 0.25, INF: 0.06, "wasserstein": 0.02, "spatial": 1.0}
+EPS: dict[Norm, float] = {0: 1.0, 1: 0.5, 2: 0.25, INF: 0.06, "wasserstein": 0.02, "spatial": 1.0, "color": 0.15}
 """Radii at which some of the images of `curved` fall and some stand."""
 
 NAMES = list(registry())
 CARDS = {name: method.card for name, method in registry().items()}
+CHANNELS = {norm: card.channels for card in CARDS.values() if card.channels for norm in card.norms}
+"""What the methods of a norm declare that images must have; all others take any."""
 
 
 def cases(keep: Callable[[Card], bool] = lambda card: True, *, first: bool = False) -> list[object]:
@@ -41,6 +53,11 @@ def cases(keep: Callable[[Card], bool] = lambda card: True, *, first: bool = Fal
         if keep(card)
         for norm in (card.norms[-1:] if first else card.norms)
     ]
+
+
+def shape_for(norm: Norm, side: int = 8) -> tuple[int, int, int]:
+    """The shape of a toy that the methods of a norm take."""
+    return CHANNELS.get(norm, 1), side, side
 
 
 class Linear(nn.Module):
@@ -166,6 +183,8 @@ def least_radius(norm: Norm, x: Tensor, slope: Tensor, gap: float) -> float:
         return least_cost(x, slope, gap)
     if norm == "spatial":
         return least_pose(x, slope, gap)
+    if norm == "color":
+        return least_shift(x, slope, gap)
     low, high = 0.0, float(x.numel())
     for _ in range(60):
         middle = (low + high) / 2
@@ -231,6 +250,21 @@ def least_pose(x: Tensor, slope: Tensor, gap: float) -> float:
     return min(enough(scale) for scale in np.linspace(0.45, 1, 20) * wide)
 
 
+def least_shift(x: Tensor, slope: Tensor, gap: float) -> float:
+    """The smallest shift of all colours alike that gains ``gap``, of dense grids at many scales."""
+
+    def enough(scale: float) -> float:
+        """The smallest shift up to ``scale`` that does."""
+        moved = shifted(lab, (TINTS * scale * WIDEST).view(-1, 2, 1, 1).expand(-1, -1, *x.shape[1:]))
+        gains = (moved - x).flatten(1) @ slope.detach()
+        return float(scale * TINTS[gains > gap].abs().amax(1).min()) if bool((gains > gap).any()) else INF
+
+    lab = to_lab(x[None]).expand(len(TINTS), -1, -1, -1)
+    wide = next(scale for scale in (0.03, 0.06, 0.125, 0.25, 0.5, 1.0) if enough(scale) < INF)
+    return min(enough(scale) for scale in np.linspace(0.45, 1, 20) * wide)
+
+
+TINTS = torch.cartesian_prod(*[torch.linspace(-1, 1, 41, dtype=torch.float64)] * 2)
 POSES = np.stack(np.meshgrid(*(np.linspace(-1, 1, count) for count in (11, 11, 21)), indexing="ij"), -1).reshape(-1, 3)
 
 
@@ -246,14 +280,17 @@ def posed(x: Tensor, shares: np.ndarray) -> np.ndarray:
 
 
 @cache
-def flat(classes: int, *, saturated: bool = False, n: int = 4) -> Flat:
+def flat(classes: int, *, saturated: bool = False, n: int = 4, channels: int = 1) -> Flat:
     """A linear model whose images all belong to class 0, so that one shift can serve them all.
 
     With three classes each of the others reads pixels of its own: the shortest way to one never meets the other.
-    ``saturated`` images hold nothing but zeros and ones, most of which have to turn back.
+    ``saturated`` images hold nothing but zeros and ones, most of which have to turn back. With three ``channels`` the
+    colour says most.
     """
-    shape, d, g = (1, 6, 6), 36, generator(classes)
+    shape, d, g = (channels, 6, 6), 36 * channels, generator(classes)
     weight = torch.randn(classes, d, generator=g, dtype=torch.float64)
+    if channels == 3:
+        weight = 0.5 * weight + torch.arange(classes).view(-1, 1) * torch.tensor([1.5, -1.5, 0.5]).repeat_interleave(36)
     if classes > 2:
         own = torch.randperm(d, generator=g) % (classes - 1)
         weight = torch.cat([torch.zeros(1, d), weight[1:] * (own == torch.arange(classes - 1)[:, None])])

@@ -23,7 +23,8 @@ def test_the_thorough_budget_has_every_white_box_attack_and_every_norm() -> None
     cells = plan(known, Access.WEIGHTS, customary((1, 28, 28), "thorough"), "thorough").cells
     parts = {"apgd-t", "fab-t"}  # autoattack's
     assert {name for name in known if known[name].card.family == "whitebox"} - parts <= {c.attack.name for c in cells}
-    assert {cell.threat.ball.norm for cell in cells} == set(RADII)
+    assert {cell.threat.ball.norm for cell in cells} == set(RADII) - {"color"}
+    assert {ball.norm for ball in customary((3, 32, 32), "thorough")} == set(RADII)
 
 
 def test_what_does_not_apply_is_left_out_with_its_reason() -> None:

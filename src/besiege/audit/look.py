@@ -106,6 +106,6 @@ def _answers(scores: Tensor) -> Literal["logits", "probabilities", "log-probabil
 
 def _cost(target: Target, budget: Budget, forward: float, both: float) -> float:
     """Seconds at most: every image stands to the end, which it rarely does."""
-    cells = plan(registry(), target.access, customary(target.shape, budget), budget).cells
+    cells = plan(registry(), target.access, customary(target.shape, budget), budget, channels=target.shape[0]).cells
     n = IMAGES[budget] or UNCOUNTED
     return sum(cell.passes(n) * (both if cell.threat.access >= Access.GRADIENTS else forward) / 1000 for cell in cells)

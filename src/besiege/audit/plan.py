@@ -28,6 +28,7 @@ RADII: Mapping[Norm, tuple[float, float, float]] = {
     0.0: (15.0, 24.0, 200.0),
     "wasserstein": (1.0, 0.1, 0.1),
     "spatial": (1.0, 1.0, 1.0),
+    "color": (1.0, 1.0, 1.0),
 }
 """Customary radii by norm: grey images of digits' size, small colour images, large ones."""
 LOOPS = ("steps", "restarts", "searches", "samples", "targets", "iterations", "epochs")
@@ -79,6 +80,7 @@ SIEGE: Mapping[str, Mapping[str, Share]] = {
         )
     },
     "spatial": {"quick": Share(queries=1000), "standard": Share(queries=1000), "thorough": Share(queries=1000)},
+    "colorfool": {"quick": Share(queries=1000), "standard": Share(queries=1000), "thorough": Share(queries=1000)},
     "square": {
         "quick": Share(images=50, queries=500),
         "standard": Share(queries=1000),
@@ -170,8 +172,9 @@ def plan(
     threats: Sequence[Ball],
     budget: Budget = "quick",
     only: Sequence[str] = (),
+    channels: int | None = None,
 ) -> Plan:
-    """The cells of an audit against a target that grants ``access``.
+    """The cells of an audit against a target that grants ``access`` and takes images of ``channels`` (None: of any).
 
     ``only`` names the attacks to send in place of the usual ones, with their usual share where they have one.
 
@@ -183,7 +186,7 @@ def plan(
     for name in dict.fromkeys(only) or [name for name in SIEGE if name in methods and budget in SIEGE[name]]:
         card, part = methods[name].card, share(methods[name].card, budget)
         for ball in threats:
-            why = unfit(card, access, ball)
+            why = unfit(card, access, ball, channels)
             if why:
                 left_out.append((name, threat_text(ball), why))
                 continue
@@ -200,12 +203,14 @@ def paced(card: Card, options: Mapping[str, Any], queries: int | None) -> dict[s
     return {**pace, **options}
 
 
-def unfit(card: Card, access: Access, ball: Ball) -> str | None:
+def unfit(card: Card, access: Access, ball: Ball, channels: int | None = None) -> str | None:
     """Why an attack cannot be sent against such a target under such a threat; None where it can."""
     if card.access > access:
         return f"{card.name} needs {card.access.name.lower()}, the target grants {access.name.lower()}"
     if ball.norm not in card.norms:
         return f"{card.name} works in {', '.join(NORM_NAMES[norm] for norm in card.norms)}"
+    if channels and card.channels not in (None, channels):
+        return f"{card.name} takes images of {card.channels} channels, the target of {channels}"
     return None
 
 
@@ -218,7 +223,7 @@ def radius(norm: Norm, shape: tuple[int, int, int]) -> float:
 
 def customary(shape: tuple[int, int, int], budget: Budget = "quick") -> tuple[Ball, ...]:
     """The threats of an audit where the user names none: L∞ and L2; if thorough, the other norms and regions too."""
-    norms = tuple(RADII) if budget == "thorough" else (INF, 2.0)
+    norms = [norm for norm in RADII if norm != "color" or shape[0] == 3] if budget == "thorough" else [INF, 2.0]
     return tuple(within(norm, radius(norm, shape)) for norm in norms)
 
 

@@ -31,7 +31,7 @@ def attack(
         str | None, typer.Option(metavar="REGION", help="How far the first of a chain goes: spatial:1 for spatial|pgd.")
     ] = None,
     norm: Annotated[
-        str | None, typer.Option(help="The norm of the radius: inf, 2, 1, 0, wasserstein or spatial.")
+        str | None, typer.Option(help="The norm of the radius: inf, 2, 1, 0, wasserstein, spatial or color.")
     ] = None,
     target_class: Annotated[int | None, typer.Option(min=0, help="Reach this class, not just any other.")] = None,
     queries: Annotated[int | None, typer.Option(min=1, help="At most this many forward passes an image.")] = None,

@@ -106,7 +106,8 @@ def audit(
         on_bad=o.OnBad(request["on_bad"]),
         **feeding,
     )
-    plan = p.plan(registry(), victim.access, threats or p.customary(victim.shape, budget.value), budget.value, only)
+    sent = threats or p.customary(victim.shape, budget.value)
+    plan = p.plan(registry(), victim.access, sent, budget.value, only, victim.shape[0])
     _sent(gates, plan)
     if dry_run:
         _dry(plan, r.measured(victim, images, seconds), len(images), seconds, json or format is Format.json)

@@ -134,7 +134,7 @@ def norm(text: str) -> Norm:
     for value, name in NORM_NAMES.items():
         if wanted in (name, name.removeprefix("l")):
             return value
-    raise BadInput(f"--norm {text!r} is unknown; use one of inf, 2, 1, 0, wasserstein, spatial")
+    raise BadInput(f"--norm {text!r} is unknown; use one of inf, 2, 1, 0, wasserstein, spatial, color")
 
 
 def chosen(options: Sequence[str]) -> dict[str, str]:

@@ -49,6 +49,7 @@ class Card:
     asks: Asks | None = None
     start: bool = False
     targeted: bool = True
+    channels: int | None = None
     after: tuple[Norm, ...] = ()
     options: Mapping[str, inspect.Parameter] = field(default_factory=dict, repr=False, compare=False)
 
@@ -141,8 +142,11 @@ def evasion(
     seeks: Seeks = "success",
     start: bool = False,
     targeted: bool = True,
+    channels: int | None = None,
 ) -> Callable[[Callable[Concatenate[Oracle, Tensor, Within, Rng, P], Tensor | None]], Method[P]]:
     """Declare a method that works on a whole batch through an oracle; what it returns is its last try.
+
+    With ``channels`` it takes images of so many channels alone.
 
     With ``start`` the engine finds adversarial images first and hands them over as ``start`` (n, c, h, w; keyword);
     where it finds none, that is the image itself.
@@ -159,6 +163,7 @@ def evasion(
             seeks=seeks,
             start=start,
             targeted=targeted,
+            channels=channels,
         )
 
     return declare
@@ -261,6 +266,7 @@ def union(*attacks: Attack) -> Attack:
         seeks="minimum" if all(card.seeks == "minimum" for card in cards) else "success",
         summary=f"{len(parts)} attacks, one after another.",
         targeted=all(card.targeted for card in cards),
+        channels=next((card.channels for card in cards if card.channels), None),
         after=cards[0].norms if chained else (),
     )
     return Attack(Method(card, _in_turn), {UNITED: parts})
@@ -354,7 +360,7 @@ def _checked(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
             raise BadInput(f"{card.name}: {key} must be {' or '.join(map(_said, kinds))}, not {value!r}")
         if isinstance(value, int | float) and not 0 <= value < INF:
             raise BadInput(f"{card.name}: {key} must not be negative or infinite, but is {value}")
-        if key in ("steps", "restarts", "samples", "searches") and value is not None and value < 1:
+        if key in ("steps", "restarts", "samples", "searches", "clusters") and value is not None and value < 1:
             raise BadInput(f"{card.name}: {key} must be at least 1, not {value}")
     return {key: options.get(key, option.default) for key, option in card.options.items()}
 

@@ -19,7 +19,7 @@ INF = math.inf
 Norm = float | str
 """The order of a norm, or the name of a region that stands in place of a norm's ball (`besiege.regions`)."""
 
-REGION_NAMES = ("wasserstein", "spatial")
+REGION_NAMES = ("wasserstein", "spatial", "color")
 NORM_NAMES: dict[Norm, str] = {0.0: "l0", 1.0: "l1", 2.0: "l2", INF: "linf", **{n: n for n in REGION_NAMES}}
 
 

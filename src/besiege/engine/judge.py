@@ -14,12 +14,13 @@ from besiege.core.images import Images
 from besiege.core.target import Target
 from besiege.core.threat import Ball, Norm
 from besiege.engine.evasion import Outcome
-from besiege.regions import Spatial, Wasserstein
+from besiege.regions import Color, Spatial, Wasserstein
+from besiege.regions.color import shifted, to_lab
 
 DRAWS = 20
 """How often a random target is asked."""
 
-TOLERANCE: Mapping[Norm, float] = {"wasserstein": 0.02, "spatial": 0.02}
+TOLERANCE: Mapping[Norm, float] = {"wasserstein": 0.02, "spatial": 0.02, "color": 0.002}
 """How far beyond eps a region allows, relative to it, where that is more than rounding."""
 
 ASTRAY = 3e-5
@@ -125,6 +126,8 @@ def _far(ball: Ball, adv: Tensor, x: Tensor) -> Tensor:
         return _carried(ball.plan(adv, x), adv, x)
     if isinstance(ball, Spatial):
         return _turned(ball.pose(adv, x), adv, x)
+    if isinstance(ball, Color):
+        return _recolored(adv, x)
     return _norm(adv - x, float(ball.norm))
 
 
@@ -173,6 +176,27 @@ def _drawn(x: Tensor, pose: Tensor) -> Tensor:
     return drawn
 
 
+def _recolored(adv: Tensor, x: Tensor) -> Tensor:
+    """(n,) the largest move of a or b of CIE Lab in units of 127, inf where a pixel became lighter or darker."""
+    (light, *colors), (was, *before) = _lab(adv), _lab(x)
+    far = torch.stack([(now - then).abs() for now, then in zip(colors, before, strict=True)], 1)
+    kept = (light - was).abs().flatten(1).amax(1) <= 0.01
+    return torch.where(kept, far.flatten(1).amax(1) / 127, math.inf)
+
+
+def _lab(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L, a and b (n, h, w) of sRGB images, by the definitions of IEC 61966-2-1 and CIE 15."""
+    red, green, blue = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055).abs().pow(2.4)).unbind(1)
+    across = (0.4124564 * red + 0.3575761 * green + 0.1804375 * blue) / 0.95047
+    up = 0.2126729 * red + 0.7151522 * green + 0.0721750 * blue
+    deep = (0.0193339 * red + 0.1191920 * green + 0.9503041 * blue) / 1.08883
+    f, g, h = (
+        torch.where(part > (6 / 29) ** 3, part.abs().pow(1 / 3), part * (29 / 6) ** 2 / 3 + 4 / 29)
+        for part in (across, up, deep)
+    )
+    return 116 * g - 16, 500 * (f - g), 200 * (g - h)
+
+
 def _norm(delta: Tensor, norm: float) -> Tensor:
     if norm == 0:
         return (delta.abs().amax(1) > 0).flatten(1).sum(1).double()
@@ -199,6 +223,10 @@ def _noise(outcome: Outcome, target: Target, images: Images, far: Tensor, claime
             share = 2 * torch.rand(3, generator=one) - 1
             limits = torch.tensor([0.1 * x.shape[2], 0.1 * x.shape[1], 30.0])
             step = _drawn(x[None], (reach * share / share.abs().max() * limits)[None].to(x))[0] - x
+        elif norm == "color":
+            way = 2 * torch.rand(2, generator=one).to(x) - 1
+            way = (way / way.abs().max() * 127 * reach).view(1, 2, 1, 1).expand(1, 2, *x.shape[1:])
+            step = shifted(to_lab(x[None]), way)[0] - x
         elif norm == math.inf:
             step = wild.sign() * reach
         elif norm == 0:

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from besiege.core.threat import Ball, Norm, number
+from besiege.regions.color import Color
 from besiege.regions.spatial import Spatial
 from besiege.regions.wasserstein import Wasserstein
 
-REGIONS: Mapping[Norm, type[Wasserstein] | type[Spatial]] = {"wasserstein": Wasserstein, "spatial": Spatial}
+REGIONS: Mapping[Norm, type[Wasserstein] | type[Spatial] | type[Color]] = {
+    "wasserstein": Wasserstein,
+    "spatial": Spatial,
+    "color": Color,
+}
 
 
 def within(norm: Norm, eps: float | Tensor) -> Ball:
@@ -19,7 +24,7 @@ def within(norm: Norm, eps: float | Tensor) -> Ball:
 
 
 def parse(text: str) -> Ball:
-    """``linf:8/255``, ``l2:0.5``, ``wasserstein:0.1`` or ``spatial:1``.
+    """``linf:8/255``, ``l2:0.5``, ``wasserstein:0.1``, ``spatial:1`` or ``color:1``.
 
     Raises:
         BadInput: no such norm or region, or no radius.

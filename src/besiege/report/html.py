@@ -45,7 +45,15 @@ PLOT = (44, 12, 540, 200)
 LISTED = 200
 """So many images the page lists one by one; audit.json has them all."""
 
-NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0", "wasserstein": "Wasserstein", "spatial": "Turns and shifts"}
+NORMS = {
+    "linf": "L∞",
+    "l2": "L2",
+    "l1": "L1",
+    "l0": "L0",
+    "wasserstein": "Wasserstein",
+    "spatial": "Turns and shifts",
+    "color": "Colours",
+}
 BEYOND = (
     "Attacks that transfer from another model, and attacks adapted to a defense of this model.",
     "Changes that are small to the eye but not in a norm: rotations, colours, shadows, stickers, universal patches.",

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from besiege.results.interval import wilson
 
-Norm = Literal["l0", "l1", "l2", "linf", "wasserstein", "spatial"]
+Norm = Literal["l0", "l1", "l2", "linf", "wasserstein", "spatial", "color"]
 AccessName = Literal["labels", "scores", "gradients", "weights"]
 Interval = tuple[float, float]
 
