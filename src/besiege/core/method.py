@@ -50,6 +50,7 @@ class Card:
     start: bool = False
     targeted: bool = True
     channels: int | None = None
+    transfers: bool = False
     after: tuple[Norm, ...] = ()
     options: Mapping[str, inspect.Parameter] = field(default_factory=dict, repr=False, compare=False)
 
@@ -202,16 +203,31 @@ def search(
 
 
 def universal(
-    title: str, *, paper: str, norms: tuple[Norm, ...], access: Access = Access.GRADIENTS, targeted: bool = False
+    title: str,
+    *,
+    paper: str,
+    norms: tuple[Norm, ...],
+    access: Access = Access.GRADIENTS,
+    targeted: bool = False,
+    transfers: bool = False,
 ) -> Callable[[Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Trigger]], Method[P]]:
-    """Declare a method that fits one perturbation for all images, on training images (m, c, h, w).
+    """Declare a method that fits one change for all images, on training images (m, c, h, w).
 
-    It is judged on others. One image's result depends on the training images, never on its neighbours.
+    It is judged on others. One image's result depends on the training images, never on its neighbours. One that
+    ``transfers`` makes its change on a model of its own: whether the target follows is not in its hands.
     """
 
     def declare(function: Callable[Concatenate[Oracle, Tensor, Ball, Rng, P], Trigger]) -> Method[P]:
         return _declare(
-            "universal", title, function, paper=paper, norms=norms, access=access, seeks="success", targeted=targeted
+            "universal",
+            title,
+            function,
+            paper=paper,
+            norms=norms,
+            access=access,
+            seeks="success",
+            targeted=targeted,
+            transfers=transfers,
         )
 
     return declare
@@ -360,7 +376,11 @@ def _checked(card: Card, options: Mapping[str, Any]) -> dict[str, Any]:
             raise BadInput(f"{card.name}: {key} must be {' or '.join(map(_said, kinds))}, not {value!r}")
         if isinstance(value, int | float) and not 0 <= value < INF:
             raise BadInput(f"{card.name}: {key} must not be negative or infinite, but is {value}")
-        if key in ("steps", "restarts", "samples", "searches", "clusters") and value is not None and value < 1:
+        if (
+            key in ("steps", "restarts", "samples", "searches", "clusters", "batch", "own", "rounds")
+            and value is not None
+            and value < 1
+        ):
             raise BadInput(f"{card.name}: {key} must be at least 1, not {value}")
     return {key: options.get(key, option.default) for key, option in card.options.items()}
 

@@ -125,7 +125,7 @@ def evade(
     queries = threat.queries if threat.queries is None or threat.queries < 10 * spare else threat.queries - spare
     trigger, setup = None, Setup()
     if attack.card.kind == "universal":
-        trigger, setup = fit_universal(attack, fast, training, threat, seed, target_class)
+        trigger, setup = fit_universal(attack, fast, training, threat, seed, target_class, lens)
         if setup.cut:
             notes.append("time ran out before the perturbation was fitted: it is empty")
         began, cpu = time.monotonic(), time.process_time()
@@ -237,7 +237,13 @@ class Setup:
 
 
 def fit_universal(
-    attack: Attack, target: Target, training: Images | None, threat: ThreatModel, seed: int, target_class: int | None
+    attack: Attack,
+    target: Target,
+    training: Images | None,
+    threat: ThreatModel,
+    seed: int,
+    target_class: int | None,
+    lens: Lensing | None = None,
 ) -> tuple[Trigger, Setup]:
     """Fit the one perturbation on ``training``; the labels to leave are the target's own there.
 
@@ -257,10 +263,12 @@ def fit_universal(
         access=threat.access,
         deadline=None if threat.seconds is None else began + threat.seconds,
     )
+    rng = Rng.of(seed, training.index, attack.name + "/lens")
+    oracle: Oracle = meter if lens is None else lens(meter, meter.x, rng)
     trigger: Trigger = Shift(torch.zeros_like(training.x[:1]))
     cut = True
     with target.ready(), suppress(Finished):
-        trigger = attack.bound()(meter, meter.x, meter.ball, Rng.of(seed, training.index, attack.name))
+        trigger = attack.bound()(oracle, meter.x, meter.ball, Rng.of(seed, training.index, attack.name))
         cut = False
     labelled = len(training) if target_class is None else 0
     forward, backward = int(meter.forward.sum()) + labelled, int(meter.backward.sum())
