@@ -47,7 +47,7 @@ def ample(name: str, norm: Norm) -> float:
     return 1.2 if norm == "spatial" else ENOUGH[CARDS[name].access]
 
 
-THOROUGH = {"steps": 80, "iterations": 400, "queries": 400, "searches": 5, "trials": 1000}
+THOROUGH = {"steps": 80, "iterations": 400, "queries": 400, "searches": 5, "trials": 1000, "epochs": 20}
 
 
 def thorough(name):

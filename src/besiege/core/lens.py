@@ -176,6 +176,12 @@ class Surrogate(Lens):
         """The surrogate's loss and gradient."""
         return self.own.gradient(x, loss, rows)
 
+    def toward(self, classes: Tensor) -> Oracle:
+        """See `Oracle.toward`; the surrogate aims there too."""
+        view = copy.copy(self)
+        view.oracle, view.own = self.oracle.toward(classes), self.own.toward(classes)
+        return view
+
     def live(self, *state: *State) -> tuple[*State]:
         """See `Oracle.live`; the surrogate's rows follow."""
         (*left, kept) = self.oracle.live(*state, torch.arange(len(self.own.rows)))

@@ -106,12 +106,16 @@ def _cross_entropy(goal: Goal, scores: Tensor) -> Tensor:
 
 
 def _cross_entropy_slope(goal: Goal, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64 where torch rounds the last rows of a batch otherwise than the first."""
     index = goal.labels[:, None]
     own, others = scores.gather(1, index), scores.scatter(1, index, -INF)
     every = others.logsumexp(1, keepdim=True)
     gap = every - own
-    pull = (others - every).exp_().scatter_(1, index, -1.0).mul_(gap.sigmoid())
-    lost, ahead = torch.nn.functional.softplus(gap).squeeze(1), (others.amax(1, keepdim=True) - own).squeeze(1)
+    pull = (others - every).exp_().scatter_(1, index, -1.0).mul_(gap.double().sigmoid())
+    lost, ahead = (
+        torch.nn.functional.softplus(gap.double()).to(gap).squeeze(1),
+        (others.amax(1, keepdim=True) - own).squeeze(1),
+    )
     if goal.targeted:
         return lost, pull, ahead.add_(goal.confidence)
     return lost.neg_(), pull.neg_(), ahead.neg_().add_(goal.confidence)

@@ -146,7 +146,8 @@ def evade(
                 _run(attack, meter, images.index[rows], seed, lens, starts, notes)
             else:
                 with suppress(Finished):
-                    meter.is_adversarial(meter.ball.project(trigger(meter.x), meter.x))
+                    moved = torch.cat([trigger(part) for part in meter.x.split(target.batch)])
+                    meter.is_adversarial(meter.ball.project(moved, meter.x))
             if queries is None or queries != threat.queries:
                 _settle(meter, target)
         out.take(rows, meter)
