@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from art.attacks import EvasionAttack
@@ -91,8 +93,11 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) 
 
 
 def boundary(model: nn.Module, x: Tensor, y: Tensor, *, steps: int) -> Tensor:
-    """It wants the classifier to be asked in its own precision, as HopSkipJump below."""
-    attack = e.BoundaryAttack(_classifier(Single(model), x), targeted=False, max_iter=steps, verbose=False)
+    """A round of its own asks about 20 moves and about a step from each of those that stay: 25 to 40 queries.
+
+    It wants the classifier to be asked in its own precision, as HopSkipJump below.
+    """
+    attack = e.BoundaryAttack(_classifier(Single(model), x), targeted=False, max_iter=steps // 25, verbose=False)
     return _run(attack, x, None)
 
 
@@ -115,6 +120,48 @@ def zoo(model: nn.Module, x: Tensor, y: Tensor, *, iterations: int, searches: in
         verbose=False,
     )
     return _run(attack, x, y)
+
+
+def simba(model: nn.Module, x: Tensor, y: Tensor, *, queries: int, step: float, basis: str) -> Tensor:
+    """It wants probabilities and asks about both ways of every direction."""
+    attack = e.SimBA(
+        _classifier(nn.Sequential(model, nn.Softmax(1)), x),
+        attack={"pixel": "px", "dct": "dct"}[basis],
+        max_iter=queries // 2,
+        epsilon=step,
+        verbose=False,
+    )
+    return _run(attack, x, nn.functional.one_hot(y))
+
+
+def one_pixel(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
+    """By differential evolution with 400 members, as it does by itself; what has not fallen comes back unchanged."""
+    generations = max(1, queries // 400 - 1)
+    attack = e.PixelAttack(_classifier(model, x), th=round(eps), max_iter=generations, verbose=False)
+    return _run(attack, x, y)
+
+
+def few_pixel(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
+    return one_pixel(model, x, y, eps=eps, queries=queries)
+
+
+def threshold(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
+    """By CMA-ES, as it does by itself if the package cma is there; differential evolution has a member a value."""
+    generations = queries // int(4 + 3 * math.log(x[0].numel()))
+    attack = e.ThresholdAttack(_classifier(model, x), th=round(255 * eps), max_iter=generations, verbose=False)
+    return _run(attack, x, y)
+
+
+def spatial(model: nn.Module, x: Tensor, y: Tensor, *, shift: float, turn: float, shifts: int, turns: int) -> Tensor:
+    attack = e.SpatialTransformation(
+        _classifier(model, x),
+        max_translation=100 * shift,
+        num_translations=shifts,
+        max_rotation=turn,
+        num_rotations=turns,
+        verbose=False,
+    )
+    return _run(attack, x, None)
 
 
 class Single(nn.Module):

@@ -60,6 +60,13 @@ def hopskipjump(model: nn.Module, x: Tensor, y: Tensor, *, rounds: int) -> Tenso
     return _run(fb.attacks.HopSkipJumpAttack(steps=rounds), model, x, y, None)
 
 
+def spatial(model: nn.Module, x: Tensor, y: Tensor, *, shift: float, turn: float, shifts: int, turns: int) -> Tensor:
+    attack = fb.attacks.SpatialAttack(
+        max_translation=shift * x.shape[-1], max_rotation=turn, num_translations=shifts, num_rotations=turns
+    )
+    return _run(attack, model, x, y, None)
+
+
 def _run(attack: fb.Attack, model: nn.Module, x: Tensor, y: Tensor, eps: float | None) -> Tensor:
     _, clipped, _ = attack(fb.PyTorchModel(model, bounds=(0, 1), device=x.device), x, y, epsilons=eps)
     return clipped

@@ -57,3 +57,12 @@ def jsma(model: nn.Module, x: Tensor, y: Tensor, *, gamma: float) -> Tensor:
         goal = model(x).scatter(1, y[:, None], -float("inf")).argmax(1)
     attack.set_mode_targeted_by_label(quiet=True)
     return attack(x, goal)
+
+
+def one_pixel(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
+    """With the paper's population; its own, 10 members and 10 generations, ends after 60 queries."""
+    return ta.OnePixel(model, pixels=round(eps), steps=queries // 400 - 1, popsize=400)(x, y)
+
+
+def few_pixel(model: nn.Module, x: Tensor, y: Tensor, *, eps: float, queries: int) -> Tensor:
+    return one_pixel(model, x, y, eps=eps, queries=queries)

@@ -219,7 +219,7 @@ def test_every_claim_belongs_to_a_case_and_every_case_can_be_made() -> None:
     for case in CASES:
         assert case.attack.name == case.name
         assert (case.published is None) == (not case.paper)
-        assert case.ball.norm in case.attack.card.norms
+        assert case.model.ball.norm in case.attack.card.norms
 
 
 def test_the_whole_table_wants_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:

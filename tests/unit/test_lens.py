@@ -10,7 +10,7 @@ from torch import Tensor
 
 from besiege.core.errors import AccessDenied
 from besiege.core.images import Images
-from besiege.core.lens import Bpda, Eot, Lens, Nes, Spsa, Surrogate, straight_through
+from besiege.core.lens import Bpda, Eot, Lens, Nes, Spsa, Surrogate, Transfer, straight_through
 from besiege.core.meter import Meter
 from besiege.core.method import make
 from besiege.core.oracle import Oracle
@@ -175,6 +175,48 @@ def test_a_surrogate_costs_the_target_nothing():
     assert m.forward.tolist() == [0] * 6
     assert lens.is_adversarial(images().x).tolist() == [False] * 6
     assert m.forward.tolist() == [1] * 6
+
+
+def test_a_surrogate_aims_where_the_goal_does():
+    m, x = meter(target(access=Access.LABELS)), images().x
+    aim = torch.full((6,), 2)
+    aimed = Surrogate(m, target(), x).toward(aim)
+    expected = meter(target()).toward(aim).gradient(x)
+    assert torch.equal(aimed.gradient(x)[1], expected[1])
+    assert torch.equal(aimed.gradient(x)[0], expected[0])
+    assert not torch.equal(expected[1], meter(target()).gradient(x)[1])
+
+
+def test_a_transfer_has_the_surrogates_slope_and_the_targets_word():
+    """The surrogate knows no class but 0, so its margin alone would never fall."""
+    m, x = (
+        meter(target(access=Access.LABELS)),
+        torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(9)).double(),
+    )
+    known = target(lambda x: smooth(x) + torch.tensor([50.0, 0, 0], dtype=torch.float64))
+    lens = Transfer(m, known, images().x)
+    value, slope = lens.gradient(x)
+    hit = smooth(x).argmax(1) != images().y
+    assert 0 < int(hit.sum()) < 6
+    assert torch.equal(value < 0, hit)
+    assert torch.equal(slope, Surrogate(m, known, images().x).gradient(x)[1])
+    assert m.forward.tolist() == [1] * 6
+    assert m.backward.tolist() == [0] * 6
+
+
+def test_a_start_found_by_transfer_begins_a_search_by_labels():
+    toy, narrow = images(12), target(access=Access.LABELS)
+    near = target(lambda x: smooth(x) * 1.3 + 0.1)
+    threat = ThreatModel(Access.LABELS, Ball(2, INF), queries=300)
+    both = make("ddn|hopskipjump", opening=0.0, steps=30)
+    led = evade(both, narrow, toy, threat, lens=lambda oracle, x, rng: Transfer(oracle, near, x))
+    alone = evade(make("hopskipjump"), narrow, toy, threat)
+    assert bool((led.forward <= 300).all())
+    assert int(led.backward.sum()) == 0
+    assert torch.equal(judge(led, narrow, toy).success, led.success)
+    assert bool(led.success[alone.success].all())
+    least = evade(make("fmn"), target(), toy, ThreatModel(Access.GRADIENTS, Ball(2, INF))).distance
+    assert float((led.distance / least).median()) < 1.1
 
 
 @pytest.mark.parametrize("lens", [Nes, Spsa, Eot])

@@ -39,7 +39,8 @@ def attack(
         str | None,
         typer.Option(
             metavar="LENS",
-            help="Where gradients come from: nes or spsa (scores), eot (a mean of 10), surrogate:TARGET.",
+            help="Where gradients come from: nes or spsa (scores), eot (a mean of 10), surrogate:TARGET, "
+            "transfer:TARGET (asks the victim at every step).",
         ),
     ] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
@@ -144,25 +145,26 @@ def _chosen(name: str, options: dict[str, str], budget: Budget, queries: int | N
 def _through(lens: str, attack: Attack, images: Images, device: str) -> tuple[Lensing, Access]:
     """How an attack's gradients are found, and what that needs of the target."""
     from besiege.core.errors import BadInput
-    from besiege.core.lens import Eot, Nes, Spsa, Surrogate
+    from besiege.core.lens import Eot, Nes, Spsa, Surrogate, Transfer
     from besiege.core.threat import Access
     from besiege.targets import open_target
 
     if attack.card.access < Access.GRADIENTS:
         raise BadInput(f"{attack.name} asks for no gradients; leave --lens out")
     name, _, spec = lens.partition(":")
-    if name == "surrogate" and spec:
+    if name in ("surrogate", "transfer") and spec:
         other = open_target(spec, data=images, device=device)
         if other.access < Access.GRADIENTS:
             raise BadInput(f"--lens {lens!r}: {other.name} gives no gradients")
-        return lambda meter, x, rng: Surrogate(meter, other, x), Access.LABELS
+        kind = Surrogate if name == "surrogate" else Transfer
+        return lambda meter, x, rng: kind(meter, other, x), Access.LABELS
     if lens == "nes":
         return lambda meter, x, rng: Nes(meter, rng), Access.SCORES
     if lens == "spsa":
         return lambda meter, x, rng: Spsa(meter, rng), Access.SCORES
     if lens == "eot":
         return lambda meter, x, rng: Eot(meter, rng), Access.GRADIENTS
-    raise BadInput(f"--lens {lens!r} is unknown; use nes, spsa, eot or surrogate:TARGET")
+    raise BadInput(f"--lens {lens!r} is unknown; use nes, spsa, eot, surrogate:TARGET or transfer:TARGET")
 
 
 def _threat(

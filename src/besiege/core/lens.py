@@ -187,3 +187,17 @@ class Surrogate(Lens):
         (*left, kept) = self.oracle.live(*state, torch.arange(len(self.own.rows)))
         self.own.rows, self.own.whole = self.own.rows[kept], False
         return cast(tuple[*State], tuple(left))
+
+
+class Transfer(Surrogate):
+    """A surrogate that asks the target at every step whether the goal stands reached there: a query each.
+
+    The margin has the surrogate's size and the target's sign, so that an attack that seeks the nearest adversarial
+    image walks along the target's boundary.
+    """
+
+    def gradient(self, x: Tensor, loss: Loss = "margin", rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The surrogate's gradient; the margin tells whether the target is fooled."""
+        value, slope = self.own.gradient(x, loss, rows)
+        won = self.oracle.is_adversarial(x, rows)
+        return (torch.where(won, -value.abs(), value.abs()) if loss == "margin" else value), slope

@@ -442,8 +442,9 @@ def _settle(meter: Meter, target: Target) -> None:
         hit = sum(_reached(meter, target, tried, rows).float() for _ in range(draws)) * 2 > draws
         meter.forward[rows] += draws
         good = rows[hit]
-        meter.best[good] = tried[hit]
-        meter.distance[good] = meter.ball.distance(tried[hit], origin[hit])
+        if push:
+            meter.best[good] = tried[hit]
+            meter.distance[good] = meter.ball.distance(tried[hit], origin[hit])
         shaky = rows[~hit]
     meter.found[shaky] = False
     meter.distance[shaky] = INF

@@ -105,11 +105,12 @@ def grid(shifts: int, turns: int) -> Tensor:
 def warped(x: Tensor, pose: Tensor) -> Tensor:
     """``x`` (n, c, h, w) turned clockwise about its centre, then shifted; ``pose`` (3,) or (n, 3) as in `limits`."""
     h, w = x.shape[2:]
-    right, down, turn = pose.to(x).expand(len(x), 3).unbind(1)
+    right, down, turn = pose.to(x).expand(len(x), 3)[:, :, None, None].unbind(1)
     cos, sin = (turn * math.pi / 180).cos(), (turn * math.pi / 180).sin()
-    top = torch.stack([cos, sin * h / w, -(cos * right + sin * down) * 2 / w], 1)
-    low = torch.stack([-sin * w / h, cos, (sin * right - cos * down) * 2 / h], 1)
-    places = F.affine_grid(torch.stack([top, low], 1), list(x.shape), align_corners=False)
+    across, along = ((2 * torch.arange(edge, device=x.device).to(x) + 1) / edge - 1 for edge in (w, h))
+    column = cos * across + sin * h / w * along[:, None] - (cos * right + sin * down) * 2 / w
+    row = cos * along[:, None] - sin * w / h * across + (sin * right - cos * down) * 2 / h
+    places = torch.stack([column, row], 3)
     return F.grid_sample(x, places, padding_mode="zeros", align_corners=False).clamp(0, 1)
 
 
@@ -117,7 +118,7 @@ def _recovered(x: Tensor, adv: Tensor, grid: Tensor, starts: int = 8, rounds: in
     """(3,) the smallest pose that leads from ``x`` (c, h, w) to ``adv``, from the best ``starts`` of ``grid`` on."""
     if bool(((x - adv).abs() < LIKE).all()):
         return grid.new_zeros(3)
-    apart = torch.cat([_apart(x, adv, part).square().sum(1) for part in grid.split(256)])
+    apart = torch.cat([_apart(x.float(), adv.float(), part.float()).square().sum(1) for part in grid.split(64)])
     pose = torch.cat([grid[apart.topk(starts, largest=False).indices], grid.new_zeros(1, 3)])
     damp, probes = torch.full_like(pose[:, 0], 1e-3), 1e-5 * torch.eye(3).to(pose)
     base = _apart(x, adv, pose)

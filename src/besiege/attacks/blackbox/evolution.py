@@ -74,11 +74,12 @@ def adapt(
     *,
     population: int,
     generations: int,
-) -> None:
+) -> tuple[Tensor, Rng]:
     """Draw genes around ``mean`` (n, genes), with deviations ``spread`` (genes,) at first, and follow the better half.
 
     CMA-ES with a diagonal covariance matrix, whose update is linear in the genes and learns the faster for it
-    (Ros & Hansen 2008). What leaves [0, 1] is rendered from its edge.
+    (Ros & Hansen 2008). What leaves [0, 1] is rendered from its edge. The images that stand are returned, and their
+    streams.
     """
     d = mean.shape[1]
     weights = math.log(population / 2 + 0.5) - torch.arange(1, population // 2 + 1, device=x.device).to(x).log()
@@ -108,6 +109,7 @@ def adapt(
         recent = (weights[:, None] * (deviation[:, None] * chosen).square()).sum(1)
         deviation = ((1 - rate) * deviation.square() + rate / mass * lasting + rate * (1 - 1 / mass) * recent).sqrt()
         step = step * ((rate_step / damping) * (length - 1)).exp()
+    return x, rng
 
 
 def _values(oracle: Oracle, x: Tensor, genes: Tensor, render: Render) -> Tensor:
