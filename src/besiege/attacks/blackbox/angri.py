@@ -28,7 +28,7 @@ def angri(
     *,
     epochs: int = 20,
     batch: int = 32,
-    lr: float = 0.01,
+    lr: float = 0.003,
     fidelity: float = 0.1,
 ) -> Trigger:
     """Fit the generator in ``epochs`` passes over mini-batches of ``batch`` images (Sarkar et al. 2017).

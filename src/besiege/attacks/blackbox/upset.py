@@ -25,17 +25,17 @@ def upset(
     ball: Ball,
     rng: Rng,
     *,
-    epochs: int = 10,
+    epochs: int = 20,
     batch: int = 32,
-    lr: float = 0.01,
+    lr: float = 0.003,
     fidelity: float = 0.0,
 ) -> Trigger:
     """Fit the generator in ``epochs`` passes over mini-batches of ``batch`` images (Sarkar et al. 2017).
 
-    From the one-hot code of the class it makes a perturbation, by two dense layers that end in a tanh. The loss is the
-    cross-entropy toward the class, and ``fidelity`` times the square of what share of the ball the perturbation takes.
-    Without a class to reach it is the one that most images come second to. The fit needs gradients, in the paper those
-    of classifiers at hand (a `Surrogate` lens); what it makes asks for nothing.
+    From the one-hot code of the class it makes a perturbation, by two dense layers that end in the ball. The loss is
+    the cross-entropy toward the class, and ``fidelity`` times the square of what share of the ball the perturbation
+    takes. Without a class to reach it is the one that most images come second to. The fit needs gradients, in the paper
+    those of classifiers at hand (a `Surrogate` lens); what it makes asks for nothing.
 
     Departs from the paper: the ball bounds the perturbation, where the paper scales it and weighs its size alone, so
     ``fidelity`` is 0 unless asked for; and one class is fitted at a time.
@@ -75,10 +75,9 @@ def drawn(rng: Stream, layers: Sequence[tuple[float, tuple[int, ...]]], like: Te
 
 def bounded(raw: Tensor, ball: Ball) -> Tensor:
     """Any numbers (n, c, h, w) as perturbations within the ball."""
-    small = raw.tanh()
     if ball.norm == INF:
-        return ball.eps * small
-    return small * rowwise(ball.eps / ball.size(small).clamp_min(1), small)
+        return ball.eps * raw.tanh()
+    return raw * rowwise(ball.eps / (1 + ball.size(raw).square()).sqrt(), raw)
 
 
 def fit(
@@ -94,17 +93,19 @@ def fit(
     lr: float,
     fidelity: float,
 ) -> None:
-    """Fit the ``weights`` of a generator by ADAM; ``shift(rows)`` (m or 1, c, h, w) is what it makes of images."""
+    """Fit the ``weights`` of a generator by ADAM; ``shift(rows)`` (m or 1, c, h, w) is what it makes of images.
+
+    What [0, 1] cuts off keeps its slope: else a pixel pushed beyond the edge of most images would never come back.
+    """
     optimizer = torch.optim.Adam(weights, lr)
     whole = float(ball.eps) ** 2 * (1 if ball.norm == 2 else x[0].numel())
     for _ in range(epochs):
         for rows in rng.rand().argsort().split(batch):
             with torch.enable_grad():
                 change = shift(rows)
-                moved = (x[rows] + change).clamp(0, 1)
-            _, slope = oracle.gradient(moved.detach(), "ce", rows)
+            _, slope = oracle.gradient((x[rows] + change.detach()).clamp(0, 1), "ce", rows)
             optimizer.zero_grad()
             with torch.enable_grad():
                 size = change.square().flatten(1).sum(1).mean() / whole
-                ((moved * slope).sum() / len(rows) + fidelity * size).backward()
+                ((change * slope).sum() / len(rows) + fidelity * size).backward()
             optimizer.step()
