@@ -34,6 +34,17 @@ def test_alone_and_in_a_batch_are_equal(name, norm):
         assert differences(fire(name, norm, toy, toy.images[i : i + 1]), together, slice(i, i + 1)) == []
 
 
+@pytest.mark.parametrize(("name", "norm"), cases(lambda card: card.kind == "universal"))
+def test_alone_and_in_a_batch_are_equal_in_double_precision_too(name, norm):
+    toy = curved((3, 7, 5), n=24, images=torch.float64)
+    together = fire(name, norm, toy, eps=3 * EPS[norm])
+    for i in range(24):
+        assert (
+            differences(fire(name, norm, toy, toy.images[i : i + 1], eps=3 * EPS[norm]), together, slice(i, i + 1))
+            == []
+        )
+
+
 @pytest.mark.parametrize(("name", "norm"), cases())
 def test_order_batch_size_and_shards_do_not_matter(name, norm, monkeypatch):
     toy = curved(shape_for(norm), n=5)

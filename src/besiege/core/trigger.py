@@ -16,6 +16,14 @@ class Trigger(Protocol):
         ...
 
 
+def moved(x: Tensor, change: Tensor) -> Tensor:
+    """``x`` changed by ``change`` (n, c, h, w; float64), brought into [0, 1].
+
+    To 24 bits: the last of those that a network computes in float64 depend on the batch which an image is part of.
+    """
+    return (x.double() + (change * 2.0**24).round() / 2.0**24).clamp(0, 1).to(x)
+
+
 @dataclass(frozen=True, eq=False)
 class Shift:
     """Adds ``delta`` (1, c, h, w)."""

@@ -13,7 +13,7 @@ from besiege.core.method import universal
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
 from besiege.core.threat import INF, Ball
-from besiege.core.trigger import Trigger
+from besiege.core.trigger import Trigger, moved
 
 WIDTH = 16
 """The channels of the generator."""
@@ -56,10 +56,7 @@ def angri(
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """Adds to images (n, c, h, w) ``base`` (1, c, h, w) and what convolutions make of them, within ``ball``.
-
-    In float64, so that the batch which an image is part of decides nothing.
-    """
+    """Adds to images (n, c, h, w) ``base`` (1, c, h, w) and what convolutions make of them, within ``ball``."""
 
     base: Tensor
     weights: tuple[Tensor, ...]
@@ -67,8 +64,7 @@ class Generated:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The changed images, in [0, 1]."""
-        origin = x.double()
-        return (origin + bounded(self.base + _convolved(origin, self.weights), self.ball)).clamp(0, 1).to(x)
+        return moved(x, bounded(self.base + _convolved(x.double(), self.weights), self.ball))
 
 
 def _convolved(x: Tensor, weights: Sequence[Tensor]) -> Tensor:

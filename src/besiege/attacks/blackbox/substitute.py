@@ -13,7 +13,7 @@ from besiege.core.method import universal
 from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
 from besiege.core.threat import INF, Access, Ball, rowwise
-from besiege.core.trigger import Trigger
+from besiege.core.trigger import Trigger, moved
 
 
 @universal("Substitute", paper="arXiv:1602.02697", norms=(2, INF), access=Access.LABELS, targeted=True, transfers=True)
@@ -75,8 +75,7 @@ def substitute(
 class Transferred:
     """Moves images (n, c, h, w) within ``ball`` out of the class that ``network`` sees, or into ``goal``.
 
-    A slope is the mean over ``noise`` (m, c, h, w) added to the image. In float64, so that the batch which an image is
-    part of decides nothing.
+    A slope is the mean over ``noise`` (m, c, h, w) added to the image.
     """
 
     network: nn.Module
@@ -94,7 +93,7 @@ class Transferred:
             slope = away * torch.stack([_loss_slope(self.network, adv + part, labels) for part in self.noise]).mean(0)
             momentum += slope / rowwise(slope.abs().flatten(1).sum(1).clamp_min(1e-300), slope)
             adv = self.ball.project(adv + self.ball.eps / self.steps * self.ball.steepest(momentum), origin)
-        return adv.to(x)
+        return moved(x, adv - origin)
 
 
 def _network(shape: torch.Size, classes: int) -> nn.Sequential:
