@@ -204,6 +204,12 @@ def _write(folder: Path, record: Record, outcome: Outcome) -> None:
     files.write(folder / "record.json", record.json_text())
 
 
+def _fitting(record: Record) -> str:
+    """What was spent before the first image was attacked."""
+    passes = f"{record.setup_forward:,} forward, {record.setup_backward:,} backward"
+    return f"{passes} in all; {record.setup_seconds:.1f} s"
+
+
 def _print(record: Record, out: Path | None) -> None:
     from besiege.cli.terminal import between, facts, figure, percent
 
@@ -222,10 +228,8 @@ def _print(record: Record, out: Path | None) -> None:
             f"{record.forward_per_image:.1f} forward, {record.backward_per_image:.1f} backward"
             + (f"; {record.queries_median:g} to fall (median)" if record.queries_median is not None else ""),
         ),
-        (
-            "time",
-            f"{record.seconds:.1f} s" + (f", fitting {record.setup_seconds:.1f} s" if record.setup_seconds else ""),
-        ),
+        ("time", f"{record.seconds:.1f} s"),
+        *([("fitting", _fitting(record))] if record.setup_seconds else []),
         ("verified", "every success" if record.verified else "NOT every success; see the record"),
         *(("note", note) for note in record.notes),
     ]
