@@ -1,4 +1,4 @@
-"""NewtonFool and DeepFool alone and joined with another attack, on usual networks and on a strongly curved one.
+"""Attacks alone and joined with another: the nearest of both, and chains that move an image from region to region.
 
 ``python -m benchmarks.combined > docs/combined.md`` trains a network of ten dense tanh layers on MNIST (a minute),
 attacks it and the bench's networks, and prints the page. Needs the shared data; a few minutes on one core.
@@ -22,6 +22,7 @@ from besiege.core.method import make
 from besiege.core.target import Target
 from besiege.core.threat import INF, Access, Ball, ThreatModel
 from besiege.engine.evasion import evade
+from besiege.regions import parse
 
 PAGE = """# Attacks joined with others
 
@@ -33,6 +34,24 @@ thread: `{command}`.
 
 | network | attack | fell | median L2 | mean L2 | forward | backward | CPU ms |
 |---|---|---:|---:|---:|---:|---:|---:|"""
+
+CHAINS = """
+## Chains
+
+An attack moves the images within a region, the next goes on from there within a ball of its own, each with half of the
+queries: the share of {images} images that falls on the CIFAR-10 ResNet-20, and passes an image.
+
+| attack | region | ball | queries | fell | forward | backward |
+|---|---|---|---:|---:|---:|---:|"""
+
+LINKS = (
+    ("pgd", "", "linf:1/255", None),
+    ("spatial", "", "spatial:0.1", 400),
+    ("spatial|pgd", "spatial:0.1", "linf:1/255", 400),
+    ("square", "", "linf:2/255", 400),
+    ("colorfool", "", "color:0.3", 400),
+    ("colorfool|square", "color:0.3", "linf:2/255", 400),
+)
 
 ATTACKS = (
     ("newtonfool, as in the paper", "newtonfool", {"returns": 0}),
@@ -88,6 +107,20 @@ def rows(target: Target, images: Images) -> Iterator[str]:
         )
 
 
+def links(n: int) -> Iterator[str]:
+    """A line for each chain and each of its parts."""
+    target, images = bench("B", n)
+    for name, region, ball, queries in LINKS:
+        after = parse(region) if region else None
+        threat = ThreatModel(Access.GRADIENTS, parse(ball), queries=queries, after=after)
+        options = {"iterations": (queries or 0) // (2 if after else 1)} if "square" in name else {}
+        found = evade(make(name, **options), target, images, threat)
+        yield (
+            f"| {name} | {region} | {ball} | {queries or ''} | {found.success.double().mean():.2f} "
+            f"| {found.forward.double().mean():.1f} | {found.backward.double().mean():.1f} |"
+        )
+
+
 def main() -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.combined", description=__doc__)
@@ -100,6 +133,9 @@ def main() -> None:
     for network, chosen in ((target, images[: given.images]), bench("A", given.images), bench("B", given.images)):
         for line in rows(network, chosen):
             print(line, flush=True)
+    print(CHAINS.format(images=given.images))
+    for line in links(given.images):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
