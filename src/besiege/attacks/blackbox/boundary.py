@@ -51,6 +51,8 @@ def boundary(
     n, d, drawn = *away.shape, max(1, min(TRIALS, DRAWN // x.numel()))
     far, ids, noise = away.norm(dim=1), torch.arange(n, device=x.device), x.new_zeros(n, drawn, d)
     moved, path = torch.zeros_like(away), torch.zeros_like(away)
+    # Each image is about to move around x or, where that has just succeeded, toward it. Its counts are: moves around in
+    # all, those that won of the last TRIALS, moves toward x of the last TRIALS, those that won.
     toward, counts = torch.zeros_like(far, dtype=torch.bool), torch.zeros(n, 4, dtype=torch.int64, device=x.device)
     around, ahead = torch.full_like(far, spherical), torch.full_like(far, source)
     while True:
@@ -63,6 +65,7 @@ def boundary(
         way = noise[torch.arange(len(x), device=x.device), made % drawn]
         if memory:
             way = way / way.norm(dim=1, keepdim=True) + memory * path
+        # What of the way is across `away` is added to it at the length `around`, and both are brought back to `far`.
         along = torch.linalg.vecdot(way, away) / far.square()
         across = (torch.linalg.vecdot(way, way) - (along * far).square()).clamp_min(1e-30).sqrt()
         turn, level = around * far / across, (1 + around.square()).rsqrt()
