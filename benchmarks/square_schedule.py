@@ -24,10 +24,10 @@ QUERIES = 1000
 PAGE = """# Square's schedule
 
 The share of the image that Square's first square covers decides how coarse it begins; the halvings after it are the
-paper's, fitted to the queries. It is chosen on the networks above the line, by the least mean of queries relative to
-each network's best share, and judged on those below, which had no part in it. A cell is the robust accuracy and the
-mean queries of {images} images that the network knows, {queries:,} queries, L∞. Chosen: **{chosen}**; the default is
-{default}. `python -m benchmarks.square_schedule`.
+paper's, fitted to the queries. The networks above the line choose it, by the least mean of queries relative to each
+network's best share: **{chosen}**. Those below had no part in that. The default is {default}, AutoAttack's, which is
+tuned on none of them. A cell is the robust accuracy and the mean queries of {images} images that the network knows,
+{queries:,} queries, L∞. `python -m benchmarks.square_schedule`.
 
 | network | {header} |
 |---|{rule}"""
