@@ -116,7 +116,8 @@ def links(n: int) -> Iterator[str]:
         options = {"iterations": (queries or 0) // (2 if after else 1)} if "square" in name else {}
         found = evade(make(name, **options), target, images, threat)
         yield (
-            f"| {name} | {region} | {ball} | {queries or ''} | {found.success.double().mean():.2f} "
+            f"| {' then '.join(name.split('|'))} | {region} | {ball} | {queries or ''} "
+            f"| {found.success.double().mean():.2f} "
             f"| {found.forward.double().mean():.1f} | {found.backward.double().mean():.1f} |"
         )
 

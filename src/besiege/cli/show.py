@@ -36,6 +36,8 @@ def show(name: Annotated[str, typer.Argument(metavar="NAME", help="A method; `be
             ("norms", ", ".join(norms(card))),
             ("seeks", SEEKS[card.seeks]),
             ("targeted", "yes" if card.targeted else "no"),
+            *([("images", f"of {card.channels} channels")] if card.channels else []),
+            *([("transfers", "yes: made on a network of its own")] if card.transfers else []),
             ("ATLAS", ", ".join(f"{key} {atlas.TITLES[key]}" for key in atlas.entry(card.family).atlas)),
         ],
     )
