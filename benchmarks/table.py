@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.cases import CASES, CLAIMS, MODEL_BOUND, OURS, PAPER, WHITE_BOX, Case, Result, overhead
+from benchmarks.cases import CASES, CLAIMS, MODEL_BOUND, OURS, PAPER, QUERY_BASED, WHITE_BOX, Case, Result, overhead
 from benchmarks.networks import bench
 from besiege.bench.measure import Failure, Figures, contender, race
 from besiege.core.errors import BadInput, nearest
@@ -214,7 +214,8 @@ def _claims(results: Sequence[Result]) -> list[str]:
             continue
         lines.append(_row(claim.name, claim.what, measured, bar))
     places = (("B", "the ResNet-20"), ("AR", "the digits CNNs, which take 0.05 ms an image"))
-    for names, bar in ((MODEL_BOUND, 1.1), (WHITE_BOX, 1.15)):
+    each = [((name,), bar) for name, bar in QUERY_BASED.items()]
+    for names, bar in ((MODEL_BOUND, 1.1), (WHITE_BOX, 1.15), *each):
         for networks, which in places:
             what = f"CPU time over the floor on {which}, median over {', '.join(names)}"
             try:
