@@ -27,9 +27,7 @@ PAGE = """# A start by transfer
 HopSkipJump by labels alone on MNIST networks that were trained to be robust: the median L2 distance of {images} images
 that the network knows, after so many queries. It starts from noise, or where DDN ends that follows another network's
 gradients for 100 steps and asks the attacked one at each of them (`--lens transfer:TARGET`); those queries count.
-Beside it DDN so led alone, and DDN with the network's own gradients. Gradients of a network without a defense lead to a
-start that stays ahead at every budget; those of another robust network only while queries are few, after which the walk
-from noise overtakes it. `{command}`.
+Beside it DDN so led alone, and DDN with the network's own gradients. `{command}`.
 
 | network | gradients of | attack | {header} |
 |---|---|---|{rule}"""

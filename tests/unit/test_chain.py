@@ -16,6 +16,7 @@ from besiege.attacks.whitebox.pgd import pgd
 from besiege.cli import app
 from besiege.core.errors import BadInput, BadOutcome
 from besiege.core.images import Images
+from besiege.core.lens import Surrogate
 from besiege.core.meter import Meter
 from besiege.core.target import Target
 from besiege.core.threat import INF, Access, Ball, Goal, ThreatModel
@@ -62,6 +63,18 @@ def test_both_together_find_what_neither_finds_alone() -> None:
     assert verdict.success.tolist() == both.success.tolist()
     assert torch.equal(both.adv[3], images.x[3]) and both.needed[3] == -1
     assert bool((both.needed[:3] > 0).all()) and bool((both.needed[:3] <= both.forward[:3]).all())
+
+
+def test_a_lens_is_the_second_attacks() -> None:
+    target, images = bars()
+    narrow = target.granting(Access.SCORES)
+    threat = replace(THREAT, access=Access.SCORES)
+    with pytest.raises(BadInput, match="pgd needs gradients"):
+        evade(CHAIN, narrow, images, threat)
+    guessed = evade(CHAIN, narrow, images, threat, lens=lambda meter, x, rng: Surrogate(meter, target, x))
+    assert int(guessed.backward.sum()) == 0
+    assert guessed.success.tolist() == [True, True, True, False]
+    assert torch.equal(judge(guessed, target, images).success, guessed.success)
 
 
 def test_the_second_begins_at_the_lowest_margin_of_the_first() -> None:

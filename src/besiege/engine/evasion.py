@@ -104,6 +104,7 @@ def evade(
             target.labels(images.x) if clean is None else clean,
             seed=seed,
             target_class=target_class,
+            lens=lens,
             starts=starts,
             execution=execution,
             progress=progress,
@@ -179,11 +180,18 @@ def evade(
 
 
 def _chained(
-    attack: Attack, target: Target, images: Images, threat: ThreatModel, clean: Tensor, **others: Any
+    attack: Attack,
+    target: Target,
+    images: Images,
+    threat: ThreatModel,
+    clean: Tensor,
+    lens: Lensing | None,
+    **others: Any,
 ) -> Outcome:
     """The first attack in its region, the second from the image of lowest margin that the first has asked about.
 
-    Each has half of the queries. Where the target shows labels alone, what has not fallen stays where it was.
+    Each has half of the queries; a lens is the second's. Where the target shows labels alone, what has not fallen
+    stays where it was.
     """
     first, second = attack.bound()()
     if threat.after is None:
@@ -205,7 +213,7 @@ def _chained(
         moved[led.attacked] = torch.where(rowwise(standing[led.attacked], every), every, moved[led.attacked])
     left = torch.where(standing, clean, (images.y + 1) % target.classes)
     closing = replace(threat, after=None, queries=rest)
-    found = evade(second, target, replace(images, x=moved), closing, clean=left, **others)
+    found = evade(second, target, replace(images, x=moved), closing, clean=left, lens=lens, **others)
     first_pass = torch.where(led.needed >= 0, led.needed, led.forward + found.needed)
     return replace(
         found,
@@ -397,16 +405,16 @@ def find_starts(meter: Meter, rng: Rng, starts: Tensor | None) -> tuple[Tensor, 
     fine noise for the same class, so the noise comes in blocks of 1, 2, 4 and 8 pixels in turn.
     """
     tries = 100 if meter.queries is None else min(100, 1 + meter.queries // 10)
-    begun = meter.best.clone()
+    begun, shown = meter.best.clone(), meter.x[:0] if starts is None else starts.to(meter.x)
     waiting = ~meter.done & ~meter.found
-    for k in range(tries + (0 if starts is None else len(starts))):
+    for k in range(tries + len(shown)):
         rows = waiting.nonzero().squeeze(1)
         if not len(rows):
             break
         if k < tries:
             tried = _blocks(Rng(rng.keys[rows], rng.draws + k), meter.x.shape[1:], 1 << k % 4).to(meter.x)
         else:
-            tried = starts[k - tries].to(meter.x).expand_as(meter.x[rows])  # type: ignore[index]
+            tried = shown[k - tries].expand_as(meter.x[rows])
         try:
             won = meter.is_adversarial(tried, rows) & ~meter.done[rows]
         except Finished:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,12 @@ XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.
 
 WHITE = (0.95047, 1.0, 1.08883)
 """The illuminant D65."""
+
+TO_WHITE = tuple(tuple(part / white for part in row) for row, white in zip(XYZ, WHITE, strict=True))
+"""Linear sRGB to XYZ as shares of white."""
+
+FROM_WHITE: list[list[float]] = torch.linalg.inv(torch.tensor(TO_WHITE, dtype=torch.float64)).tolist()
+"""And back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +100,7 @@ def to_lab(x: Tensor) -> Tensor:
     if x.shape[1] != 3:
         raise BadInput(f"a colour has 3 channels, but the images have {x.shape[1]}")
     linear = torch.where(x > 0.04045, _power((x.clamp_min(0.04045) + 0.055) / 1.055, 2.4), x / 12.92)
-    ratio = _mixed(linear, x.new_tensor(XYZ) / x.new_tensor(WHITE)[:, None])
+    ratio = _mixed(linear, TO_WHITE)
     root = torch.where(ratio > 216 / 24389, _power(ratio.clamp_min(1e-3), 1 / 3), (24389 / 27 * ratio + 16) / 116)
     across, up, deep = root.unbind(1)
     return torch.stack([116 * up - 16, 500 * (across - up), 200 * (up - deep)], 1)
@@ -124,11 +131,10 @@ def _linear(lab: Tensor, move: Tensor) -> Tensor:
     up = (lab[:, 0] + 16) / 116
     root = torch.stack([up + (lab[:, 1] + move[:, 0]) / 500, up, up - (lab[:, 2] + move[:, 1]) / 200], 1)
     ratio = torch.where(root > 6 / 29, root**3, (116 * root - 16) * 27 / 24389)
-    back = torch.linalg.inv(lab.new_tensor(XYZ).double()).to(lab) * lab.new_tensor(WHITE)
-    return _mixed(ratio, back)
+    return _mixed(ratio, FROM_WHITE)
 
 
-def _mixed(x: Tensor, weights: Tensor) -> Tensor:
+def _mixed(x: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     """(n, 3, h, w) the channels of ``x`` weighed by each row of ``weights`` (3, 3), rounded alike in any batch."""
-    first, second, third = (x[:, k, None] * weights[:, k].view(1, 3, 1, 1) for k in range(3))
-    return first + second + third
+    one, two, three = x.unbind(1)
+    return torch.stack([one * a + two * b + three * c for a, b, c in weights], 1)

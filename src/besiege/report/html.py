@@ -56,7 +56,7 @@ NORMS = {
 }
 BEYOND = (
     "Attacks that transfer from another model, and attacks adapted to a defense of this model.",
-    "Changes that are small to the eye but not in a norm: rotations, colours, shadows, stickers, universal patches.",
+    "Changes outside the threats above: turns, colours and shadows where they are not listed; stickers and patches.",
     "Poisoned training data, backdoors, theft of the model, and what it gives away of its training data.",
 )
 
