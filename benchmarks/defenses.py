@@ -1,23 +1,27 @@
-"""The measured map of the evasion defenses on MNIST: every attack before, after, and by one who knows the defense.
+"""The measured map of the evasion defenses: every attack before, after, and by one who knows the defense.
 
-``python -m benchmarks.defenses > docs/defenses.md`` trains the networks, defends them, attacks the same images three
-times and prints the page; stderr tells how far it is. ``--only NAME`` does one defense. Needs the shared data; about
-forty minutes on one core, most of it the adversarial training and AutoAttack.
+``python -m benchmarks.defenses mnist`` trains the networks, defends them, attacks the same images three times and
+prints the page; ``cifar10`` likewise. ``--keep FOLDER`` holds checkpoints and records, from which an interrupted run
+goes on. Needs the shared data; about an hour and a half each on one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.networks import mnist
+from benchmarks.prepare import mosaics
+from besiege.core.fit import Fit
 from besiege.core.images import Images
 from besiege.core.method import Attack, configured, make, method
 from besiege.core.target import Target
@@ -26,61 +30,146 @@ from besiege.embedded.recipes import recipe
 from besiege.engine.defense import Hardened, measured, trained, wrapped
 from besiege.results.defense import Defense, Row
 
-EPS = 0.3
-CALIBRATION = 5000
-PAGE = """# Evasion defenses, measured
+PAGE = """## {title}
 
-MNIST. {n} test images are attacked three times: on the undefended network, by someone who does not know the defense,
-and by someone who does, through the defense (a network that was only trained otherwise: by AutoAttack). A detector's
-rejection counts as a stop; clean images that it rejects count as lost. The networks are TRADES' SmallCNN, three epochs
-on the 60,000 training images; the input defenses are calibrated on {calibration} test images that are not attacked.
-Intervals are Wilson's at 95 %. **Fallen**: at no more than twice the distance nine tenths as many images fall as
-before, or no difference shows; weakened: more fall than to the unknowing; else not refuted, which does not mean that
-it held. In one process on one thread: `{command}`.
+{n} test images. {network}; the input defenses are calibrated on {calibration:,} test images that are not attacked and
+stand before the undefended network. `{command}`
 
 | defense | clean, before → after | FPR | answers take | attack | before | unknowing | knowing | 95 % \
 | rejected, then by knowing | AUC, then by knowing | L2, knowing over before | verdict |
 |---|---|---:|---:|---|---:|---:|---:|---|---|---|---:|---|"""
 
-DEFENSES: dict[str, dict[str, Any]] = {
-    "adversarial-training": {"mode": "pgd", "steps": 2, "eps": EPS},
-    "defensive-distillation": {},
-    "feature-squeezing": {},
-    "magnet": {"epochs": 30},
-    "trapdoor": {},
-    "uap-rectifier": {},
+Sent = list[tuple[Attack, Ball]]
+
+
+@dataclass(frozen=True)
+class Field:
+    """The images, the recipe, what is defended and what is sent. ``defenses`` says what differs from the defaults."""
+
+    title: str
+    network: str
+    fit: Fit
+    images: Callable[[], tuple[Images, Images]]
+    calibration: int
+    defenses: dict[str, dict[str, Any]]
+    attacks: Callable[[], Sent]
+    weights: str | None = None
+
+
+def on_mnist() -> tuple[Images, Images]:
+    """All training images, and the test images."""
+    return mnist(60_000, "train"), mnist(10_000)
+
+
+def on_cifar10() -> tuple[Images, Images]:
+    """The 20,000 training images that the data holds, and the test images."""
+    train, test = (
+        Images.of(torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(y), name="cifar10")
+        for x, y in (mosaics("cifar10", part) for part in ("train", "test"))
+    )
+    return train, test
+
+
+def mnist_attacks() -> Sent:
+    """In each norm, by gradients and by queries, at 0.3 in L∞ as the papers."""
+    return [
+        (make("fgsm"), Ball(INF, 0.3)),
+        (make("pgd", steps=40, restarts=5), Ball(INF, 0.3)),
+        (make("square", iterations=1000), Ball(INF, 0.3)),
+        (make("deepfool"), Ball(2, INF)),
+        (make("cw-l2"), Ball(2, INF)),
+        (make("ead"), Ball(1, INF)),
+        (make("jsma"), Ball(0, INF)),
+    ]
+
+
+def cifar10_attacks() -> Sent:
+    """The eight core attacks, at 8/255 in L∞."""
+    return [
+        (make("fgsm"), Ball(INF, 8 / 255)),
+        (make("pgd", steps=20), Ball(INF, 8 / 255)),
+        (make("apgd"), Ball(INF, 8 / 255)),
+        (make("square", iterations=1000), Ball(INF, 8 / 255)),
+        (make("deepfool"), Ball(2, INF)),
+        (make("ddn"), Ball(2, INF)),
+        (make("cw-l2"), Ball(2, INF)),
+        (make("ead"), Ball(1, INF)),
+    ]
+
+
+FIELDS = {
+    "mnist": Field(
+        "MNIST",
+        "TRADES' SmallCNN, three epochs on the 60,000 training images",
+        replace(recipe("small-cnn"), epochs=3),
+        on_mnist,
+        5000,
+        {
+            "adversarial-training": {"mode": "pgd", "steps": 2, "eps": 0.3},
+            "defensive-distillation": {},
+            "feature-squeezing": {},
+            "magnet": {"epochs": 30},
+            "trapdoor": {},
+            "uap-rectifier": {},
+        },
+        mnist_attacks,
+    ),
+    "cifar10": Field(
+        "CIFAR-10",
+        "A ResNet-9 of width 24, fifteen epochs on 20,000 training images",
+        recipe("resnet9-24"),
+        on_cifar10,
+        2000,
+        {
+            "adversarial-training": {"mode": "fast", "eps": 8 / 255},
+            "feature-squeezing": {},
+            "magnet": {"epochs": 10},
+        },
+        cifar10_attacks,
+        "cifar10_fast_at.safetensors",
+    ),
 }
-"""The defenses of the page, with what differs from their defaults."""
 
 
-def attacks(name: str) -> list[tuple[Attack, Ball]]:
-    """PGD and, without a radius, C&W's L2; where the classifier is another, more in the norm that it was trained in."""
-    sent = [(make("pgd", steps=40, restarts=5), Ball(INF, EPS)), (make("cw-l2"), Ball(2, INF))]
-    if name == "adversarial-training":
-        sent += [(make("fgsm"), Ball(INF, EPS)), (make("ddn"), Ball(2, INF)), (make("ead"), Ball(1, INF))]
-    return sent
-
-
-def hardened(name: str, plain: Target | None, training: Images, clean: Images) -> tuple[Attack, Hardened]:
+def hardened(
+    name: str, held: Field, plain: Target | None, training: Images, clean: Images, keep: Path | None
+) -> tuple[Attack, Hardened]:
     """A defended network beside the undefended one."""
     found = method(name)
-    defense = configured(found, **DEFENSES[name])
-    fit = replace(recipe("small-cnn"), epochs=3)
+    defense = configured(found, **held.defenses[name])
+
+    def tell(text: str) -> Callable[[int], None]:
+        done = [0]
+
+        def step(rows: int) -> None:
+            done[0] += rows
+            if done[0] // 5000 != (done[0] - rows) // 5000:
+                print(f"{text}: {done[0]:,} images learned from", file=sys.stderr, flush=True)
+
+        return step
+
     if found.card.kind == "training":
-        return defense, trained(defense, fit, training, 0, classes=10)
-    target = plain or fit(training, 0, classes=10)
+        folder = None if keep is None else keep / name
+        if folder is not None and keep is not None and (keep / "undefended.ckpt").is_file():
+            folder.mkdir(exist_ok=True)
+            shutil.copy(keep / "undefended.ckpt", folder)
+        both = trained(defense, held.fit, training, 0, classes=10, folder=folder, progress=tell(name))
+        if folder is not None and keep is not None:
+            shutil.copy(folder / "undefended.ckpt", keep)
+        return defense, both
+    target = plain or held.fit(training, 0, classes=10, checkpoint=None if keep is None else keep / "undefended.ckpt")
     return defense, wrapped(defense, target, clean, 0)
 
 
-def lines(record: Defense) -> Iterator[str]:
+def lines(record: Defense, chosen: dict[str, Any]) -> Iterator[str]:
     """A line for each attack."""
+    said = ", ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in chosen.items()
+    )
+    options = f" ({said})" if chosen else ""
     for k, row in enumerate(record.rows):
         clean = f"{record.clean_accuracy:.1%} → {record.clean_accuracy_defended:.1%} | {_share(record.fpr)}"
-        lead = (
-            f"| {record.defense}{_options(record)} | {clean} | {record.latency_ratio:.1f} times |"
-            if not k
-            else "| | | | |"
-        )
+        lead = f"| {record.defense}{options} | {clean} | {record.latency_ratio:.1f} times |" if not k else "| | | | |"
         ratio = "–" if row.l2_ratio is None or row.adaptive.threat.norm != "l2" else f"{row.l2_ratio:.2f}"
         low, high = row.adaptive.success_interval
         yield (
@@ -88,11 +177,6 @@ def lines(record: Defense) -> Iterator[str]:
             f"| {_share(row.defended.success_rate)} | {_share(row.adaptive.success_rate)} | {low:.0%}–{high:.0%} "
             f"| {_pair(row, 'tpr')} | {_pair(row, 'auc')} | {ratio} | {row.verdict} |"
         )
-
-
-def _options(record: Defense) -> str:
-    chosen = DEFENSES[record.defense]
-    return f" ({', '.join(f'{key}={value}' for key, value in chosen.items())})" if chosen else ""
 
 
 def _share(value: float | None) -> str:
@@ -107,35 +191,50 @@ def _pair(row: Row, key: str) -> str:
 def main() -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defenses", description=__doc__)
+    parser.add_argument("field", choices=tuple(FIELDS))
     parser.add_argument("-n", "--images", type=int, default=100)
-    parser.add_argument("--training", type=int, default=60_000)
-    parser.add_argument("--only", action="append", choices=tuple(DEFENSES), help="this defense alone")
-    parser.add_argument("--records", type=Path, help="a folder for the records")
+    parser.add_argument("--epochs", type=int, help="train for so many epochs")
+    parser.add_argument("--only", action="append", help="this defense alone; repeatable")
+    parser.add_argument("--keep", type=Path, help="a folder for checkpoints and records")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    training, test = mnist(given.training, "train"), mnist(CALIBRATION + given.images)
-    clean, judged = test[:CALIBRATION], test[CALIBRATION:]
+    held, keep = FIELDS[given.field], given.keep
+    if given.epochs:
+        held = replace(held, fit=replace(held.fit, epochs=given.epochs))
+    training, test = held.images()
+    clean, judged = test[: held.calibration], test[held.calibration : held.calibration + given.images]
     command = shlex.join(["python", "-m", "benchmarks.defenses", *sys.argv[1:]])
-    page, plain = [PAGE.format(n=given.images, calibration=f"{CALIBRATION:,}", command=command)], None
-    for name in given.only or DEFENSES:
-        defense, made = hardened(name, plain, training, clean)
-        plain = made.undefended
-        print(f"{name}: made in {made.seconds:.0f} s", file=sys.stderr, flush=True)
-        record = measured(
-            defense,
-            made,
-            judged,
-            attacks(name),
-            make("autoattack"),
-            calibration=training if method(name).card.kind == "training" else clean,
-            starts=clean.x[:100],
-            progress=lambda what: print(what, file=sys.stderr, flush=True),
+    page = [
+        PAGE.format(
+            title=held.title, n=given.images, network=held.network, calibration=held.calibration, command=command
         )
-        if given.records is not None:
-            given.records.mkdir(parents=True, exist_ok=True)
-            (given.records / f"{name}.json").write_text(record.json_text())
-        page += lines(record)
-        print("\n".join(lines(record)), file=sys.stderr, flush=True)
+    ]
+    plain = None
+    for name in given.only or held.defenses:
+        path = None if keep is None else keep / f"{name}.json"
+        if path is not None and path.is_file():
+            record = Defense.model_validate_json(path.read_text())
+        else:
+            defense, made = hardened(name, held, plain, training, clean, keep)
+            plain = made.undefended
+            print(f"{name}: made in {made.seconds:.0f} s", file=sys.stderr, flush=True)
+            record = measured(
+                defense,
+                made,
+                judged,
+                held.attacks(),
+                make("autoattack"),
+                calibration=training if method(name).card.kind == "training" else clean,
+                starts=clean.x[:100],
+                progress=lambda what: print(what, file=sys.stderr, flush=True),
+            )
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(record.json_text())
+                if name == "adversarial-training" and held.weights and made.defended.module is not None:
+                    save_file(made.defended.module.state_dict(), path.with_name(held.weights))
+        page += lines(record, held.defenses[name])
+        print("\n".join(lines(record, held.defenses[name])), file=sys.stderr, flush=True)
     print("\n".join(page))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
 from besiege.core.shield import Shield
 from besiege.core.target import Target
-from besiege.core.threat import Access, Ball, ThreatModel, rowwise
+from besiege.core.threat import Access, Ball, Norm, ThreatModel, rowwise
 from besiege.engine.evasion import Lensing, Outcome
 from besiege.engine.judge import judge
 from besiege.engine.roc import auc
@@ -101,23 +101,8 @@ def measured(
     clean, defended, suspicion = _answers(before, images)[0], *_answers(after, images)
     kept = torch.ones_like(defended, dtype=torch.bool) if suspicion is None else suspicion <= 0
     right = int(((defended == images.y) & kept).sum())
-    rows = [
-        _row(
-            attack,
-            ball,
-            hardened,
-            shield,
-            images,
-            calibration,
-            strongest,
-            suspicion,
-            seed,
-            target_class,
-            starts,
-            progress,
-        )
-        for attack, ball in attacks
-    ]
+    meeting = _Field(hardened, shield, images, calibration, strongest, suspicion, seed, target_class, starts, progress)
+    rows = [meeting.row(attack, ball) for attack, ball in attacks]
     return Defense(
         defense=defense.name,
         title=defense.card.title,
@@ -174,72 +159,83 @@ def shown(outcome: Outcome, target: Target, images: Images) -> Outcome:
     )
 
 
-def _row(
-    attack: Attack,
-    ball: Ball,
-    hardened: Hardened,
-    shield: Shield | None,
-    images: Images,
-    calibration: Images,
-    strongest: Attack,
-    suspicion: Tensor | None,
-    seed: int,
-    target_class: int | None,
-    starts: Tensor | None,
-    progress: Callable[[str], None] | None,
-) -> Row:
-    """One attack, three times."""
+@dataclass(frozen=True, eq=False)
+class _Field:
+    """Where the attacks on a defense meet: what is attacked, and what has been sent there before."""
 
-    def sent(chosen: Attack, target: Target, lens: Lensing | None, who: str) -> tuple[Outcome, Record]:
-        if progress is not None:
-            progress(f"{chosen} {who}")
-        access = Access.SCORES if lens is not None and target.access < Access.GRADIENTS else chosen.card.access
-        threat = ThreatModel(access, ball)
-        outcome, _, record = siege(
-            chosen,
-            target,
-            images,
-            threat,
-            seed=seed,
-            target_class=target_class,
-            lens=lens,
-            starts=starts,
-            training=calibration.sample(FITTED, seed) if chosen.card.kind == "universal" else None,
-        )
-        return outcome, record
+    hardened: Hardened
+    shield: Shield | None
+    images: Images
+    calibration: Images
+    strongest: Attack
+    suspicion: Tensor | None
+    seed: int
+    target_class: int | None
+    starts: Tensor | None
+    progress: Callable[[str], None] | None
+    held: dict[tuple[str, Norm, float, str], tuple[Outcome, Record]] = field(default_factory=dict)
 
-    plain, undefended = sent(attack, hardened.undefended, None, "on the undefended target")
-    held = plain
-    if shield is None:
-        _, defended = sent(attack, hardened.defended, None, "on the defended target")
-        bounded = math.isfinite(float(ball.eps)) and ball.norm in strongest.card.norms
-        knows = strongest if bounded else attack
-        found, adaptive = sent(knows, hardened.defended, None, "by someone who knows")
-    elif shield.inner is not hardened.undefended and type(shield).softened is not Shield.softened:
-        _, defended = sent(attack, hardened.defended, None, "on the defended target")
-        knows = attack
-        found, adaptive = sent(attack, hardened.defended, knowing(shield), "by someone who knows")
-    else:
-        if shield.inner is not hardened.undefended:
-            held, _ = sent(attack, shield.inner, None, "on the network inside")
-        blind = shown(held, hardened.defended, images)
-        threat = ThreatModel(attack.card.access, ball, targeted=target_class is not None)
-        defended = summarize(
-            attack, blind, judge(blind, hardened.defended, images), hardened.defended, images, threat, target_class
+    def row(self, attack: Attack, ball: Ball) -> Row:
+        """One attack, three times."""
+        before, after, shield = self.hardened.undefended, self.hardened.defended, self.shield
+        plain, undefended = self.sent(attack, ball, before, None, "on the undefended target")
+        held, knows = plain, attack
+        if shield is None:
+            _, defended = self.sent(attack, ball, after, None, "on the defended target")
+            bounded = math.isfinite(float(ball.eps)) and ball.norm in self.strongest.card.norms
+            knows = self.strongest if bounded else attack
+            found, adaptive = self.sent(knows, ball, after, None, "on the defended target")
+        elif shield.inner is not before and type(shield).softened is not Shield.softened:
+            _, defended = self.sent(attack, ball, after, None, "on the defended target")
+            found, adaptive = self.sent(attack, ball, after, knowing(shield), "by someone who knows")
+        else:
+            if shield.inner is not before:
+                held, _ = self.sent(attack, ball, shield.inner, None, "on the network inside")
+            blind = shown(held, after, self.images)
+            threat = ThreatModel(attack.card.access, ball, targeted=self.target_class is not None)
+            seen = judge(blind, after, self.images)
+            defended = summarize(attack, blind, seen, after, self.images, threat, self.target_class)
+            found, adaptive = self.sent(attack, ball, after, knowing(shield), "by someone who knows")
+        return self.judged(held, undefended, defended, found, adaptive, knows)
+
+    def judged(
+        self, held: Outcome, undefended: Record, defended: Record, found: Outcome, adaptive: Record, knows: Attack
+    ) -> Row:
+        """The row of an attack whose three records are known."""
+        near, far = undefended.median_distance, adaptive.median_distance
+        return Row(
+            undefended=undefended,
+            defended=defended,
+            adaptive=adaptive,
+            adaptive_attack=str(knows) + ("" if self.shield is None else " through the defense"),
+            l2_ratio=None if not near or far is None else far / near,
+            detected=_detected(held, self.hardened.defended, self.suspicion),
+            detected_adaptive=_detected(found, self.hardened.defended, self.suspicion),
+            verdict=verdict(undefended, defended, adaptive),
         )
-        knows = attack
-        found, adaptive = sent(attack, hardened.defended, knowing(shield), "by someone who knows")
-    near, far = undefended.median_distance, adaptive.median_distance
-    return Row(
-        undefended=undefended,
-        defended=defended,
-        adaptive=adaptive,
-        adaptive_attack=str(knows) + ("" if shield is None else " through the defense"),
-        l2_ratio=None if not near or far is None else far / near,
-        detected=_detected(held, hardened.defended, suspicion),
-        detected_adaptive=_detected(found, hardened.defended, suspicion),
-        verdict=verdict(undefended, defended, adaptive),
-    )
+
+    def sent(
+        self, attack: Attack, ball: Ball, target: Target, lens: Lensing | None, where: str
+    ) -> tuple[Outcome, Record]:
+        """An attack there; what was sent before is not sent again."""
+        key = str(attack), ball.norm, float(ball.eps), where
+        if key not in self.held:
+            if self.progress is not None:
+                self.progress(f"{attack} {where}")
+            softened = lens is not None and target.access < Access.GRADIENTS
+            outcome, _, record = siege(
+                attack,
+                target,
+                self.images,
+                ThreatModel(Access.SCORES if softened else attack.card.access, ball),
+                seed=self.seed,
+                target_class=self.target_class,
+                lens=lens,
+                starts=self.starts,
+                training=self.calibration.sample(FITTED, self.seed) if attack.card.kind == "universal" else None,
+            )
+            self.held[key] = outcome, record
+        return self.held[key]
 
 
 def _detected(outcome: Outcome, target: Target, clean: Tensor | None) -> Detection | None:
