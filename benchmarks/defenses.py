@@ -25,7 +25,7 @@ from besiege.core.fit import Fit
 from besiege.core.images import Images
 from besiege.core.method import Attack, configured, make, method
 from besiege.core.target import Target
-from besiege.core.threat import INF, Ball
+from besiege.core.threat import INF, Ball, ThreatModel
 from besiege.embedded.recipes import recipe
 from besiege.engine.defense import Hardened, measured, trained, wrapped
 from besiege.results.defense import Defense, Row
@@ -222,7 +222,7 @@ def main() -> None:
                 defense,
                 made,
                 judged,
-                held.attacks(),
+                [(attack, ThreatModel(attack.card.access, ball)) for attack, ball in held.attacks()],
                 make("autoattack"),
                 calibration=training if method(name).card.kind == "training" else clean,
                 starts=clean.x[:100],

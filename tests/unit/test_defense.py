@@ -63,7 +63,12 @@ def measure(shield: Shield, target: Target, attack: str = "pgd") -> Defense:
     hardened = Hardened(target, shield.target("shield"), 0.0)
     fake = configured(method("adversarial-training"))
     return measured(
-        fake, hardened, images(), [(make(attack), BALL)], make("autoattack", queries=50), calibration=images(8, 1)
+        fake,
+        hardened,
+        images(),
+        [(make(attack), ThreatModel(Access.GRADIENTS, BALL))],
+        make("autoattack", queries=50),
+        calibration=images(8, 1),
     )
 
 
@@ -85,7 +90,7 @@ def test_a_detector_rejects_whom_it_knows_and_not_whom_knows_it():
     bright = replace(x, x=torch.where(torch.arange(16).view(1, 1, 4, 4) == 0, 0.4, x.x))
     hardened = Hardened(target, Corner(target).target("corner"), 0.0)
     fake = configured(method("adversarial-training"))
-    toward = [(make("pgd"), BALL)]
+    toward = [(make("pgd"), ThreatModel(Access.GRADIENTS, BALL))]
     record = measured(fake, hardened, bright, toward, make("autoattack"), calibration=images(8, 1))
     (row,) = record.rows
     assert record.fpr == 0

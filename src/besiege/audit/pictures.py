@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from besiege.engine.evasion import Outcome
 from besiege.engine.judge import Verdict, eight_bits
 from besiege.report.pictures import png
 from besiege.results import files
-from besiege.results.audit import Picture, slug
+from besiege.results.audit import Exhibit, Picture, slug
 from besiege.results.record import Record
 
 FOLDER = "pictures"
@@ -44,17 +45,17 @@ def take(
         gain = 0.5 / max(float(change.abs().max()), 1 / 510)
         stem = slug(record.attack, str(record.threat), str(index))
         names = tuple(f"{FOLDER}/{stem}-{part}.png" for part in ("clean", "adversarial", "change"))
-        for name, pixels in zip(names, (x, adv, 0.5 + gain * change), strict=True):
-            files.write(folder / name, png(_bytes(pixels).numpy()))
+        for name, part in zip(names, (x, adv, 0.5 + gain * change), strict=True):
+            files.write(folder / name, png(_bytes(part).numpy()))
         taken.append(
             Picture(
                 attack=record.attack,
                 threat=str(record.threat),
                 index=index,
-                label=_name(images, record.images.label[row]),
-                clean_label=_name(images, record.images.clean_label[row]),
+                label=label_name(images, record.images.label[row]),
+                clean_label=label_name(images, record.images.clean_label[row]),
                 clean_confidence=float(confidence[row]),
-                adversarial_label=_name(images, record.images.adversarial_label[row]),
+                adversarial_label=label_name(images, record.images.adversarial_label[row]),
                 adversarial_confidence=float(verdict.confidence[row]),
                 distance=float(verdict.distance[row]),
                 survives_8bit=record.images.success_8bit[row],
@@ -65,6 +66,16 @@ def take(
     return taken
 
 
+def hang(folder: Path, front: str, x: Tensor, captions: Sequence[str]) -> list[Exhibit]:
+    """Write pictures (k, c, h, w) below ``folder``, and say of each what it shows."""
+    hung = []
+    for number, (image, caption) in enumerate(zip(x.detach().float().cpu(), captions, strict=True)):
+        file = f"{FOLDER}/{slug(front, str(number))}.png"
+        files.write(folder / file, png(_bytes(image).numpy()))
+        hung.append(Exhibit(front=front, caption=caption, file=file))
+    return hung
+
+
 def _bytes(x: Tensor) -> Tensor:
     """(h, w, c) uint8, c being 1, 3 or 4; other channels are averaged."""
     if x.shape[0] not in (1, 3, 4):
@@ -72,5 +83,6 @@ def _bytes(x: Tensor) -> Tensor:
     return (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
-def _name(images: Images, label: int) -> str:
+def label_name(images: Images, label: int) -> str:
+    """The name of a class, or its number."""
     return images.names[label] if images.names is not None and label < len(images.names) else str(label)

@@ -149,6 +149,7 @@ class Plan:
 
     cells: tuple[Cell, ...]
     left_out: tuple[tuple[str, str, str], ...] = ()
+    budget: Budget = "quick"
 
     def seconds(self, n: int, speed: Speed) -> float:
         """What all cells take over ``n`` images at most."""
@@ -202,7 +203,7 @@ def plan(
             cells.append(Cell(attack, ThreatModel(card.access, ball, part.queries), part.images))
     if not cells:
         raise BadInput(f"no attack of the plan applies: {'; '.join(sorted({why for _, _, why in left_out}))}")
-    return Plan(tuple(cells), tuple(left_out))
+    return Plan(tuple(cells), tuple(left_out), budget)
 
 
 def paced(card: Card, options: Mapping[str, Any], queries: int | None) -> dict[str, Any]:

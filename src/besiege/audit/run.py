@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import subprocess
 import time
@@ -18,8 +17,10 @@ from torch import Tensor
 from besiege import __version__
 from besiege.attacks.whitebox.pgd import pgd
 from besiege.audit.checks import blackbox_is_weaker, check_target, larger_eps_is_stronger
+from besiege.audit.fronts import Beyond, Front, Material, Scene, fight
 from besiege.audit.pictures import take
 from besiege.audit.plan import FEWEST, Cell, Plan, Speed, allot, customary, threat_text
+from besiege.audit.recommend import advised
 from besiege.core.errors import BesiegeError
 from besiege.core.images import Images
 from besiege.core.target import Execution, Target
@@ -27,9 +28,10 @@ from besiege.core.threat import INF, Access, Ball, ThreatModel
 from besiege.engine.evasion import Outcome, evade
 from besiege.engine.judge import Verdict
 from besiege.engine.summary import agree, siege
-from besiege.results.audit import FILE, Audit, Environment, LeftOut, derived, shard_key, shard_span
+from besiege.results.audit import FILE, FRONT, Audit, Environment, LeftOut, derived, shard_key, shard_span
 from besiege.results.checks import Check
-from besiege.results.record import Record
+from besiege.results.defense import Row
+from besiege.results.record import Facts, Record
 from besiege.results.store import Store
 from besiege.targets.check import throughput
 
@@ -79,22 +81,50 @@ class Failed:
     why: str
 
 
-Event = Began | Passed | Ended | Failed
+@dataclass(frozen=True)
+class Opened:
+    """A front has been opened."""
+
+    front: Front
 
 
-def manifest(target: Target, images: Images, plan: Plan, *, budget: str = "quick", seed: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Fought:
+    """A front is done; these are its facts."""
+
+    front: Front
+    facts: Facts
+
+
+Event = Began | Passed | Ended | Failed | Opened | Fought
+
+
+class _Over(Exception):
+    """The time is up in the middle of a front."""
+
+
+def manifest(
+    target: Target,
+    images: Images,
+    plan: Plan,
+    *,
+    budget: str = "quick",
+    seed: int = 0,
+    beyond: Beyond | None = None,
+) -> dict[str, Any]:
     """What makes a run that run and no other; a folder that holds another is refused by its `Store`."""
     return {
         "target": target.name,
         "fingerprint": target.fingerprint,
         "data": images.name,
         "n": len(images),
-        "digest": digest(images),
+        "digest": images.digest,
         "budget": budget,
         "seed": seed,
         "threats": list(dict.fromkeys(threat_text(cell.threat.ball) for cell in plan.cells)),
         "attacks": list(dict.fromkeys(cell.attack.name for cell in plan.cells)),
         "cells": {str(cell): cell.facts() for cell in plan.cells},
+        **({} if beyond is None else beyond.facts()),
         "classes": target.classes,
         "shape": target.shape,
         "besiege": __version__,
@@ -113,14 +143,16 @@ def audit(
     execution: Execution = "auto",
     command: str = "",
     warnings: Sequence[str] = (),
+    beyond: Beyond | None = None,
     tell: Callable[[Event], None] = lambda event: None,
 ) -> Audit:
     """Run what ``store`` lacks of ``plan`` and write audit.json beside it; the store is one of this `manifest`.
 
     Shards are sent in rounds, so that a run that is cut short has met all attacks. ``seconds`` bound the whole:
     cells get what `allot` gives them, by the ``speed`` of the target (measured if not given) and then by what
-    they took. A shard that the clock cuts counts until a later run has done it in full. Ctrl-C ends the run;
-    either way what is done is returned, marked as incomplete. A cell that fails is left out with its reason.
+    they took. What lies ``beyond`` evasion comes after them. A shard that the clock cuts counts until a later run
+    has done it in full. Ctrl-C ends the run; either way what is done is returned, marked as incomplete. A cell that
+    fails is left out with its reason.
 
     Raises:
         BadInput: the target does not take the images, or the folder cannot be written.
@@ -157,6 +189,9 @@ def audit(
     try:
         run.check()
         run.cells()
+        if beyond is not None:
+            for front in beyond.fronts:
+                run.front(front, beyond.material)
     except KeyboardInterrupt:
         why = "the run was interrupted before {} of {} images"
     left_out = [LeftOut(attack=attack, threat=threat, why=reason) for attack, threat, reason in plan.left_out]
@@ -166,9 +201,16 @@ def audit(
         if missing:
             reason = run.failed.get(str(cell), why.format(missing, count))
             left_out.append(LeftOut(attack=cell.attack.name, threat=threat_text(cell.threat.ball), why=reason))
+    for front in () if beyond is None else beyond.fronts:
+        name = FRONT + str(front)
+        if name not in store.manifest:
+            reason = run.failed.get(name, why.replace("{} of {} images", "it"))
+            left_out.append(LeftOut(attack=str(front), threat="", why=reason))
     complete = len(run.failed) == len(left_out) - len(plan.left_out)
+    left_out += () if beyond is None else beyond.lacking
     store.note(crossed=[asdict(check) for check in crossed(derived(store).records)])
     store.note(left_out=[one.model_dump() for one in left_out], complete=complete)
+    store.note(advice=[one.model_dump() for one in advised(derived(store))])
     found = derived(store)
     found.save(store.folder)
     return found
@@ -288,6 +330,42 @@ class _Run:
         self.tell(Ended(cell, record))
         return True
 
+    def front(self, front: Front, material: Material) -> None:
+        """Fight on a front, unless it has been; its rows are kept as they are done."""
+        name, began = FRONT + str(front), time.monotonic()
+        if name in self.store.manifest:
+            return
+        if self.left <= 0:
+            return
+        self.tell(Opened(front))
+        rows = f"rows of {front}"
+        known = self.store.manifest.get(rows, {})
+
+        def keep(key: str, row: Row) -> None:
+            known[key] = row.model_dump(mode="json")
+            self.store.note(**{rows: known})
+
+        def passed(_: int) -> None:
+            if self.left <= 0:
+                raise _Over
+
+        scene = Scene(self.target, self.images, self.plan, material, self.store.folder, self.seed, passed)
+        try:
+            facts, exhibits = fight(front, scene, {key: Row(**row) for key, row in known.items()}, keep)
+        except _Over:
+            return
+        except BesiegeError as error:
+            self.failed[name] = str(error)
+            return
+        noted = {
+            "kind": type(facts).__name__,
+            "facts": facts.model_dump(mode="json"),
+            "exhibits": [one.model_dump() for one in exhibits],
+            "wall": time.monotonic() - began,
+        }
+        self.store.note(**{name: noted})
+        self.tell(Fought(front, facts))
+
     def _others(self, rows: Tensor) -> Images:
         """What a universal perturbation is fitted on that is judged on ``rows``."""
         apart = self.order[~torch.isin(self.order, rows.cpu())][:TRAINING]
@@ -368,14 +446,6 @@ def measured(target: Target, images: Images, seconds: float | None = None) -> Sp
     """How fast the target is, by a probe of about two seconds, or a twentieth of ``seconds`` where that is less."""
     found = throughput(target, images, 2.0 if seconds is None else min(2.0, seconds / 20))
     return Speed(found.forward / 1000, found.both / 1000)
-
-
-def digest(images: Images) -> str:
-    """A digest of pixels, labels and numbers."""
-    found = hashlib.blake2b(str(tuple(images.x.shape)).encode(), digest_size=8)
-    for part in (images.x, images.y, images.index):
-        found.update(part.cpu().contiguous().numpy().data)
-    return found.hexdigest()
 
 
 def git_state() -> str:

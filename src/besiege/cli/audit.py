@@ -18,6 +18,7 @@ from besiege.core.errors import BadInput
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from besiege.audit.fronts import Beyond, Material
     from besiege.audit.plan import Plan, Speed
     from besiege.audit.run import Event
     from besiege.core.images import Images
@@ -52,6 +53,24 @@ def audit(
     ] = None,
     budget: o.Effort = o.Budget.quick,
     attacks: Annotated[str | None, typer.Option(help="Send only these, for example pgd,square.")] = None,
+    families: Annotated[
+        str | None,
+        typer.Option(
+            help="Of whitebox,blackbox,poisoning,inference,extraction; else those that --train and so on let."
+        ),
+    ] = None,
+    defend: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Try this defense and attack it again. Repeatable.")
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Other images of the same kind: what defenses, thieves and poison work with."
+        ),
+    ] = None,
+    members: o.MembersSpec = None,
+    nonmembers: o.OthersSpec = None,
+    fit: o.FitSpec = None,
     time: Annotated[
         str | None, typer.Option(metavar="TIME", help="End within 90s, 10m or 1h; say what is left.")
     ] = None,
@@ -76,10 +95,15 @@ def audit(
 ) -> int:
     """Send a plan of attacks and write a report: what held, per attack and in the worst case per image.
 
+    With --train, and with --members and --nonmembers, it goes on to poisoning, inference and extraction; with --defend
+    to a defense, which is attacked by someone who does not know it and by someone who does. The report ends with what
+    to do. The embedded classifier has all of that at hand.
+
     The run folder (by default runs/TARGET-DATA-BUDGET) gets run.sqlite, the adversarial images, audit.json and
     report.html. The same command again goes on where it stopped.
     """
     began = monotonic()
+    from besiege.audit import fronts as f
     from besiege.audit import plan as p
     from besiege.audit import run as r
     from besiege.core.method import EVASIVE, method, of_kind
@@ -107,16 +131,23 @@ def audit(
         **feeding,
     )
     sent = threats or p.customary(victim.shape, budget.value)
-    plan = p.plan(of_kind(*EVASIVE), victim.access, sent, budget.value, only, victim.shape[0])
+    chosen = _families(request["families"]) or (f.FAMILIES[:2] if only else f.FAMILIES)
+    evasive = {name: one for name, one in of_kind(*EVASIVE).items() if one.card.family in chosen or name in only}
+    plan = p.Plan((), (), budget.value)
+    if evasive:
+        plan = p.plan(evasive, victim.access, sent, budget.value, only, victim.shape[0])
     _sent(gates, plan)
     if dry_run:
         _dry(plan, r.measured(victim, images, seconds), len(images), seconds, json or format is Format.json)
         return 0
+    material = _material(request, images, trust_code, on_bad)
+    beyond = f.beyond(victim, material, chosen, request["defend"] or [], plan)
     folder = resume or out or Path("runs") / slug(victim.name, images.name, budget.value)
-    with Store(folder, r.manifest(victim, images, plan, budget=budget.value, seed=request["seed"])) as store:
+    known = r.manifest(victim, images, plan, budget=budget.value, seed=request["seed"], beyond=beyond)
+    with Store(folder, known) as store:
         store.note(request=request)
-        found = _run(victim, images, plan, store, request["seed"], seconds, began)
-        if not found.records and found.complete:
+        found = _run(victim, images, plan, store, request["seed"], seconds, began, beyond)
+        if not found.records and not found.fronts and found.complete:
             raise BadInput(f"no attack could be run: {found.left_out[-1].why}")
         found = found.model_copy(update={"gates": _gates(gates, found)})
         found.save(folder)
@@ -133,6 +164,12 @@ REQUEST = (
     "threat",
     "budget",
     "attacks",
+    "families",
+    "defend",
+    "train",
+    "members",
+    "nonmembers",
+    "fit",
     "seed",
     "device",
     "weights",
@@ -167,8 +204,68 @@ def _requested(context: typer.Context, run: Path) -> dict[str, Any]:
     return request
 
 
+def _families(text: str | None) -> tuple[str, ...]:
+    """The families that --families names."""
+    from besiege.audit.fronts import FAMILIES
+    from besiege.core.errors import nearest
+
+    chosen = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    for name in chosen:
+        if name not in FAMILIES:
+            raise BadInput(f"--families {name!r} is unknown; {nearest(name, FAMILIES)}")
+    return chosen
+
+
+def _material(request: dict[str, Any], images: Images, trust_code: bool, on_bad: o.OnBad) -> Material:
+    """What the command line names beside the target; the embedded classifiers have their own at hand."""
+    from besiege.audit.fronts import Material
+    from besiege.data import open_images
+    from besiege.targets import expects
+    from besiege.targets.open import DEFAULT
+    from besiege.targets.recipe import open_fit
+
+    train, members, others = request["train"], request["members"], request["nonmembers"]
+    if (members is None) != (others is None):
+        raise BadInput("--members and --nonmembers go together: give both, or neither")
+    target = request["target"] or DEFAULT
+    if target.startswith("embedded:") and request["data"] is None:
+        own = expects(target).data
+        train = train or f"{own}-train"
+        members, others = (f"{own}-train", own) if members is None else (members, others)
+
+    def opened(spec: str | None) -> Images | None:
+        if spec is None:
+            return None
+        found = open_images(spec, size=images.shape[1:], channels=images.shape[0], seed=0, on_bad=on_bad.value)
+        return found.to(images.x.device)
+
+    fit = open_fit(request["fit"] or "cnn", trust_code=trust_code)
+    return Material(fit, opened(train), opened(members), opened(others), same=request["fit"] is not None)
+
+
+def _overlap(images: Images, beyond: Beyond) -> list[str]:
+    """What is wrong with --train where it holds images that are attacked; said on stderr as well."""
+    train = beyond.material.train
+    both = 0 if train is None or not beyond.fronts else images.shared(train)
+    if not both:
+        return []
+    warning = (
+        f"{both} of the {len(images)} images under attack are in --train too: what learned from them looks better than "
+        "it is; give --train and --data without common images"
+    )
+    typer.echo(f"warning: {warning}", err=True)
+    return [warning]
+
+
 def _run(
-    target: Target, images: Images, plan: Plan, store: Store, seed: int, seconds: float | None, began: float
+    target: Target,
+    images: Images,
+    plan: Plan,
+    store: Store,
+    seed: int,
+    seconds: float | None,
+    began: float,
+    beyond: Beyond,
 ) -> Audit:
     """The audit, with its plan, its progress and each shard's figures on stderr; its time has run since ``began``."""
     from rich.console import Console
@@ -176,7 +273,7 @@ def _run(
     from besiege.audit import run as r
     from besiege.cli import terminal
 
-    warnings, n = o.warned(target, images), len(images)
+    warnings, n = o.warned(target, images) + _overlap(images, beyond), len(images)
     speed = r.measured(target, images, seconds)
     seconds = None if seconds is None else (1 - SPARE) * seconds - (monotonic() - began)
     Console(stderr=True).print(_table(plan, speed, n, seconds))
@@ -188,6 +285,8 @@ def _run(
                 bar.advance(task, event.rows)
             elif isinstance(event, r.Began):
                 bar.update(task, description=f"{event.cell}, {event.images} images")
+            elif isinstance(event, r.Opened):
+                bar.update(task, description=str(event.front), total=None)
             else:
                 bar.console.print(_line(event), markup=False, highlight=False, soft_wrap=True)
 
@@ -202,6 +301,7 @@ def _run(
             command=shlex.join(["besiege", *sys.argv[1:]]),
             warnings=warnings,
             tell=tell,
+            beyond=beyond,
         )
 
 
@@ -326,9 +426,11 @@ def _verdict(found: Audit) -> int:
 
 
 def _line(event: Event) -> str:
-    from besiege.audit.run import Ended, Failed
+    from besiege.audit.run import Ended, Failed, Fought
     from besiege.cli.terminal import percent
 
+    if isinstance(event, Fought):
+        return f"{event.front} is done"
     if isinstance(event, Ended):
         record = event.record
         robust = f"robust accuracy {percent(record.robust_accuracy):>7} of {record.n}"
@@ -342,6 +444,7 @@ def _print(audit: Audit, path: Path) -> None:
     from rich.text import Text
 
     from besiege.cli.terminal import between, percent
+    from besiege.report import summary
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("attack", "threat", "images", "robust accuracy", "95 %", "passes", "time"):
@@ -364,7 +467,11 @@ def _print(audit: Audit, path: Path) -> None:
     console = Console()
     console.print(Text(f"{audit.target} on {audit.data}"))
     console.print(table)
+    for line in summary.lines(audit):
+        console.print(Text(line), soft_wrap=True)
     for check in audit.checks:
         if not check.passed:
             console.print(Text(f"warning: {check.name}: {check.evidence}; {check.advice}"), soft_wrap=True)
+    for advice in audit.advice:
+        console.print(Text(f"advice: {advice.text}"), soft_wrap=True)
     console.print(Text(f"report: {path}"), soft_wrap=True)

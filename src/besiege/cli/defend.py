@@ -13,13 +13,12 @@ from besiege.core.errors import BadInput
 if TYPE_CHECKING:
     from besiege.audit.plan import Budget as Effort
     from besiege.core.images import Images
-    from besiege.core.method import Attack
+    from besiege.core.method import Attack, Card
     from besiege.core.target import Target
-    from besiege.core.threat import Ball
+    from besiege.core.threat import ThreatModel
     from besiege.engine.defense import Hardened
     from besiege.results.defense import Defense, Row
 
-ATTACKED = {"quick": 20, "standard": 100, "thorough": 500}
 SENT = {"quick": "pgd,cw-l2", "standard": "pgd,cw-l2,square", "thorough": "fgsm,pgd,apgd,deepfool,cw-l2,ead,square"}
 RECIPE = "cnn"
 
@@ -62,6 +61,7 @@ def defend(
 
     With --out the record and the defense are written to a folder, which `defended:FOLDER` opens as a target.
     """
+    from besiege.audit.fronts import ATTACKED, radius_of
     from besiege.core.method import GUARDS, configured, method
     from besiege.results import files
     from besiege.targets.defended import Layout, keep
@@ -96,9 +96,9 @@ def defend(
         o.warned(victim, images)
         images, judged = _apart(images, test, seed)
     judged = judged.sample(limit or ATTACKED[budget], seed)
-    balls = _sent(attacks or SENT[budget], eps, norm, images.shape, budget.value)
+    sent = _sent(attacks or _customary(found.card, budget), eps, norm, images.shape, budget.value)
     if "eps" in found.card.options and "eps" not in own:
-        own["eps"] = str(float(_bounded(balls, images.shape)))
+        own["eps"] = str(radius_of(sent, images.shape))
     defense = configured(found, **own)
     if trains:
         names = images.names
@@ -120,7 +120,7 @@ def defend(
             mean=None if how is None else how.mean,
             std=None if how is None else how.std,
         )
-    record = _measured(defense, hardened, judged, balls, images, seed, target_class, budget.value)
+    record = _measured(defense, hardened, judged, sent, images, seed, target_class, budget.value)
     if out is not None:
         files.write(out / "record.json", record.json_text())
         keep(hardened.defended, layout, out)
@@ -136,6 +136,7 @@ def _verify(
     """Whether a network that is in use is still the one that was trained."""
     from json import dumps
 
+    from besiege.audit.fronts import ATTACKED
     from besiege.cli.terminal import facts, percent
     from besiege.data import open_images
     from besiege.defenses.training.trapdoor import verify
@@ -176,13 +177,20 @@ def _apart(images: Images, test: str | None, seed: int) -> tuple[Images, Images]
     return images, open_images(test, size=images.shape[1:], channels=images.shape[0], seed=seed).to(images.x.device)
 
 
+def _customary(card: Card, budget: str) -> str:
+    """What is sent where the user names nothing: first the universal attacks that a defense is there for."""
+    own = [name for name in card.counters if name in ("uap", "targeted-uap")]
+    universal = own if not set(card.counters) & set(SENT["thorough"].split(",")) else []
+    return ",".join([*universal, SENT[budget]])
+
+
 def _sent(
     names: str, eps: str | None, norm: str | None, shape: tuple[int, int, int], budget: Effort
-) -> list[tuple[Attack, Ball]]:
+) -> list[tuple[Attack, ThreatModel]]:
     """The attacks, each with the radius that the command line says, or the customary one, or none."""
     from besiege.audit.plan import paced, radius, share
     from besiege.core.method import configured, method
-    from besiege.core.threat import INF, number
+    from besiege.core.threat import INF, ThreatModel, number
     from besiege.regions import within
 
     sent = []
@@ -194,21 +202,11 @@ def _sent(
             raise BadInput(f"{name} does not work in --norm {norm}; leave one of them out")
         size = number(eps) if eps is not None else INF if found.card.seeks == "minimum" else radius(p, shape)
         given = share(found.card, budget)
-        sent.append((configured(found, **paced(found.card, given.options, given.queries)), within(p, size)))
+        chosen = configured(found, **paced(found.card, given.options, given.queries))
+        sent.append((chosen, ThreatModel(found.card.access, within(p, size), given.queries)))
     if not sent:
         raise BadInput("--attacks names no attack; write for example pgd,cw-l2")
     return sent
-
-
-def _bounded(balls: list[tuple[Attack, Ball]], shape: tuple[int, int, int]) -> float:
-    """The first radius of the attacks in L∞, by which a defense with a radius of its own is trained."""
-    import math
-
-    from besiege.audit.plan import radius
-    from besiege.core.threat import INF
-
-    known = [float(ball.eps) for _, ball in balls if ball.norm == INF and math.isfinite(float(ball.eps))]
-    return known[0] if known else radius(INF, shape)
 
 
 def _trained(
@@ -246,7 +244,7 @@ def _measured(
     defense: Attack,
     hardened: Hardened,
     judged: Images,
-    balls: list[tuple[Attack, Ball]],
+    sent: list[tuple[Attack, ThreatModel]],
     calibrated: Images,
     seed: int,
     target_class: int | None,
@@ -261,7 +259,7 @@ def _measured(
 
     strongest = method("autoattack")
     with terminal.progress() as bar:
-        task = bar.add_task("attacking", total=3 * len(balls))
+        task = bar.add_task("attacking", total=3 * len(sent))
 
         def tell(what: str) -> None:
             bar.update(task, description=what, advance=1)
@@ -270,7 +268,7 @@ def _measured(
             defense,
             hardened,
             judged,
-            balls,
+            sent,
             configured(strongest, **share(strongest.card, budget).options),
             calibration=calibrated,
             seed=seed,

@@ -43,13 +43,6 @@ DEFAULTS = {"model-inversion": "embedded:digits-softmax", "reconstruction": "emb
 Found = tuple["Inference", dict[str, "Tensor"], dict[str, "Tensor"]]
 """The facts, the tensors that are kept, and the pictures by name."""
 
-MembersSpec = Annotated[
-    str | None, typer.Option("--members", metavar="DATA", help="Images that the target was trained on.")
-]
-OthersSpec = Annotated[
-    str | None, typer.Option("--nonmembers", metavar="DATA", help="Images of the same kind that it was not trained on.")
-]
-
 
 @dataclass(frozen=True)
 class Given:
@@ -75,8 +68,8 @@ def infer(
     target: o.TargetSpec = None,
     data: o.DataSpec = None,
     test: o.TestSpec = None,
-    members: MembersSpec = None,
-    nonmembers: OthersSpec = None,
+    members: o.MembersSpec = None,
+    nonmembers: o.OthersSpec = None,
     limit: o.Limit = None,
     fit: o.FitSpec = None,
     lens: Annotated[

@@ -66,6 +66,12 @@ FitSpec = Annotated[
 TestSpec = Annotated[
     str | None, typer.Option("--test", metavar="DATA", help="Images to judge on; else a fifth of --data.")
 ]
+MembersSpec = Annotated[
+    str | None, typer.Option("--members", metavar="DATA", help="Images that the target was trained on.")
+]
+OthersSpec = Annotated[
+    str | None, typer.Option("--nonmembers", metavar="DATA", help="Images of the same kind that it was not trained on.")
+]
 Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write.")]
 Effort = Annotated[Budget, typer.Option(help="How much effort to spend.")]
 

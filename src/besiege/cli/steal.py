@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from besiege.core.target import Target
     from besiege.results.extraction import Theft
 
-QUERIES = {"quick": 1000, "standard": 5000, "thorough": 50_000}
-"""How many images a method that learns by itself asks about where --queries does not say."""
-
 POOL = "embedded:digits-rgb-train"
 """Asked about for want of others: digits on photographs, in the size and the colours that the target takes."""
 
@@ -53,6 +50,7 @@ def steal(
     With --out the record and the stolen model are written to a folder; stolen:FOLDER is then a target, for example
     besiege attack pgd --lens surrogate:stolen:FOLDER.
     """
+    from besiege.audit.fronts import QUERIES
     from besiege.audit.plan import radius
     from besiege.cli import terminal
     from besiege.core.method import configured, make, method

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from besiege.core.oracle import Oracle
 from besiege.core.rng import Rng
 from besiege.core.shield import Shield
 from besiege.core.target import Target
-from besiege.core.threat import Access, Ball, Norm, ThreatModel, rowwise
+from besiege.core.threat import Access, ThreatModel, rowwise
 from besiege.engine.evasion import Lensing, Outcome
 from besiege.engine.judge import judge
 from besiege.engine.roc import auc
@@ -30,6 +30,7 @@ from besiege.results.interval import wilson
 from besiege.results.record import Record
 
 FITTED = 200
+NOTHING: Mapping[str, Row] = {}
 
 DRAWS = 5
 """A random defense is averaged over so many answers where its gradient is taken."""
@@ -81,16 +82,22 @@ def measured(
     defense: Attack,
     hardened: Hardened,
     images: Images,
-    attacks: Sequence[tuple[Attack, Ball]],
+    attacks: Sequence[tuple[Attack, ThreatModel]],
     strongest: Attack,
     *,
     calibration: Images,
     seed: int = 0,
     target_class: int | None = None,
     starts: Tensor | None = None,
+    known: Mapping[str, Row] = NOTHING,
+    keep: Callable[[str, Row], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    passed: Callable[[int], None] | None = None,
 ) -> Defense:
-    """Send ``attacks`` three times each at the same images.
+    """Send ``attacks`` three times each at the same images, but for those whose rows are ``known`` already.
+
+    ``keep`` is handed each row as it is done, by the name that it goes by in ``known``; ``progress`` hears what is
+    sent, and ``passed`` how many images went through a target.
 
     Whoever knows a shield attacks through what it looks like softened; a network that was only trained otherwise
     is attacked by ``strongest`` in place of an attack at a radius. Universal perturbations are fitted on up to
@@ -101,8 +108,26 @@ def measured(
     clean, defended, suspicion = _answers(before, images)[0], *_answers(after, images)
     kept = torch.ones_like(defended, dtype=torch.bool) if suspicion is None else suspicion <= 0
     right = int(((defended == images.y) & kept).sum())
-    meeting = _Field(hardened, shield, images, calibration, strongest, suspicion, seed, target_class, starts, progress)
-    rows = [meeting.row(attack, ball) for attack, ball in attacks]
+    meeting = _Field(
+        hardened,
+        shield,
+        images,
+        calibration,
+        strongest,
+        suspicion,
+        seed,
+        target_class,
+        starts,
+        progress,
+        passed,
+    )
+    rows = []
+    for attack, threat in attacks:
+        name = f"{attack} {threat.ball.norm} {float(threat.ball.eps):.6g}"
+        row = known.get(name) or meeting.row(attack, threat)
+        if keep is not None and name not in known:
+            keep(name, row)
+        rows.append(row)
     return Defense(
         defense=defense.name,
         title=defense.card.title,
@@ -173,29 +198,31 @@ class _Field:
     target_class: int | None
     starts: Tensor | None
     progress: Callable[[str], None] | None
-    held: dict[tuple[str, Norm, float, str], tuple[Outcome, Record]] = field(default_factory=dict)
+    passed: Callable[[int], None] | None
+    held: dict[tuple[str, str, str], tuple[Outcome, Record]] = field(default_factory=dict)
 
-    def row(self, attack: Attack, ball: Ball) -> Row:
+    def row(self, attack: Attack, threat: ThreatModel) -> Row:
         """One attack, three times."""
         before, after, shield = self.hardened.undefended, self.hardened.defended, self.shield
-        plain, undefended = self.sent(attack, ball, before, None, "on the undefended target")
+        plain, undefended = self.sent(attack, threat, before, None, "on the undefended target")
         held, knows = plain, attack
         if shield is None:
-            _, defended = self.sent(attack, ball, after, None, "on the defended target")
-            bounded = math.isfinite(float(ball.eps)) and ball.norm in self.strongest.card.norms
+            _, defended = self.sent(attack, threat, after, None, "on the defended target")
+            bounded = math.isfinite(float(threat.ball.eps)) and threat.ball.norm in self.strongest.card.norms
             knows = self.strongest if bounded else attack
-            found, adaptive = self.sent(knows, ball, after, None, "on the defended target")
+            sent = replace(threat, access=knows.card.access, queries=threat.queries if knows is attack else None)
+            found, adaptive = self.sent(knows, sent, after, None, "on the defended target")
         elif shield.inner is not before and type(shield).softened is not Shield.softened:
-            _, defended = self.sent(attack, ball, after, None, "on the defended target")
-            found, adaptive = self.sent(attack, ball, after, knowing(shield), "by someone who knows")
+            _, defended = self.sent(attack, threat, after, None, "on the defended target")
+            found, adaptive = self.sent(attack, threat, after, knowing(shield), "by someone who knows")
         else:
             if shield.inner is not before:
-                held, _ = self.sent(attack, ball, shield.inner, None, "on the network inside")
+                held, _ = self.sent(attack, threat, shield.inner, None, "on the network inside")
             blind = shown(held, after, self.images)
-            threat = ThreatModel(attack.card.access, ball, targeted=self.target_class is not None)
+            told = replace(threat, targeted=self.target_class is not None)
             seen = judge(blind, after, self.images)
-            defended = summarize(attack, blind, seen, after, self.images, threat, self.target_class)
-            found, adaptive = self.sent(attack, ball, after, knowing(shield), "by someone who knows")
+            defended = summarize(attack, blind, seen, after, self.images, told, self.target_class)
+            found, adaptive = self.sent(attack, threat, after, knowing(shield), "by someone who knows")
         return self.judged(held, undefended, defended, found, adaptive, knows)
 
     def judged(
@@ -215,10 +242,10 @@ class _Field:
         )
 
     def sent(
-        self, attack: Attack, ball: Ball, target: Target, lens: Lensing | None, where: str
+        self, attack: Attack, threat: ThreatModel, target: Target, lens: Lensing | None, where: str
     ) -> tuple[Outcome, Record]:
         """An attack there; what was sent before is not sent again."""
-        key = str(attack), ball.norm, float(ball.eps), where
+        key = str(attack), repr(threat), where
         if key not in self.held:
             if self.progress is not None:
                 self.progress(f"{attack} {where}")
@@ -227,11 +254,12 @@ class _Field:
                 attack,
                 target,
                 self.images,
-                ThreatModel(Access.SCORES if softened else attack.card.access, ball),
+                replace(threat, access=Access.SCORES) if softened else threat,
                 seed=self.seed,
                 target_class=self.target_class,
                 lens=lens,
                 starts=self.starts,
+                progress=self.passed,
                 training=self.calibration.sample(FITTED, self.seed) if attack.card.kind == "universal" else None,
             )
             self.held[key] = outcome, record

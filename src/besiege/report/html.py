@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -13,9 +14,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from besiege.report import atlas
+from besiege.report import atlas, summary
 from besiege.report.pictures import data_uri
-from besiege.results.audit import Audit, Curve, Nearest
+from besiege.results.audit import Audit, Curve, Exhibit, Nearest, slug
+from besiege.results.defense import Defense
+from besiege.results.extraction import Theft
+from besiege.results.inference import Inversion, Membership, Reconstruction
+from besiege.results.poisoning import PoisonRecord
 from besiege.results.record import Record
 
 SORT = """
@@ -45,6 +50,7 @@ PLOT = (44, 12, 540, 200)
 LISTED = 200
 """So many images the page lists one by one; audit.json has them all."""
 
+Besides = Membership | Inversion | Reconstruction | Theft | PoisonRecord
 NORMS = {
     "linf": "L∞",
     "l2": "L2",
@@ -55,10 +61,11 @@ NORMS = {
     "color": "Colours",
 }
 BEYOND = (
-    "Attacks that transfer from another model, and attacks adapted to a defense of this model.",
+    "Attacks that transfer from another model.",
     "Changes outside the threats above: turns, colours and shadows where they are not listed; stickers and patches.",
-    "Poisoned training data, backdoors, theft of the model, and what it gives away of its training data.",
 )
+UNSENT = "Poisoned training data, backdoors, theft of the model, and what it gives away of its training data."
+ADAPTED = "Attacks adapted to a defense of this model: --defend sends them."
 
 
 def page(audit: Audit, folder: Path) -> str:
@@ -72,6 +79,10 @@ def page(audit: Audit, folder: Path) -> str:
         str(worst): (worst, [record for record in audit.records if str(record.threat) == str(worst)])
         for worst in audit.worst
     }
+    besides: list[Besides] = [front for front in audit.fronts if not isinstance(front, Defense)]
+    hung: dict[str, list[tuple[Exhibit, str]]] = {front.attack: [] for front in besides}
+    for exhibit in audit.exhibits:
+        hung[exhibit.front].append((exhibit, data_uri(folder / exhibit.file)))
     return _template().render(
         audit=audit,
         groups=groups,
@@ -81,10 +92,11 @@ def page(audit: Audit, folder: Path) -> str:
         plot=PLOT,
         sort=Markup(SORT),
         digest=base64.b64encode(hashlib.sha256(SORT.encode()).digest()).decode(),
-        beyond=BEYOND,
+        beyond=_beyond(audit),
+        beyond_fronts=[(front, summary.facts(front), front.notes, hung[front.attack]) for front in besides],
         small=max(audit.shape[1:]) < 100,
         passes=sum(_passes(record, "forward") + _passes(record, "backward") for record in audit.records),
-        techniques=_techniques(audit.records),
+        techniques=_techniques([*audit.records, *besides]),
     )
 
 
@@ -108,8 +120,15 @@ def _template() -> Template:
         count=_count,
         duration=_duration,
         options=_options,
+        anchor=slug,
     )
     return environment.get_template("page.html.j2")
+
+
+def _beyond(audit: Audit) -> list[str]:
+    """What was not tested, beside what was left out with its reason."""
+    asked = len(audit.fronts) > len(audit.defenses) or any(not left.threat for left in audit.left_out)
+    return [*BEYOND, *([] if audit.defenses else [ADAPTED]), *([] if asked else [UNSENT])]
 
 
 def _charts(curves: list[Curve]) -> list[dict[str, Any]]:
@@ -146,11 +165,11 @@ def _rows(found: Nearest) -> list[tuple[int, str, float]]:
     return list(zip(found.index, found.attack, found.distance, strict=True))[:LISTED]
 
 
-def _techniques(records: list[Record]) -> list[tuple[str, str, list[str]]]:
+def _techniques(records: Sequence[Record | Besides]) -> list[tuple[str, str, list[str]]]:
     """Each technique's id and name, and the attacks that exercise it."""
     found: dict[str, list[str]] = {}
     for record in records:
-        entry = atlas.entry(record.family)
+        entry = atlas.entry("poisoning" if isinstance(record, PoisonRecord) else record.family)
         for key in (*entry.atlas, entry.nist):
             if key and record.attack not in found.setdefault(key, []):
                 found[key].append(record.attack)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
+from besiege.report import summary
 from besiege.results.audit import Audit
+from besiege.results.defense import Defense
 
 
 def render(audit: Audit) -> str:
@@ -18,13 +20,16 @@ def render(audit: Audit) -> str:
         low, high = worst.robust_interval
         said = f"{worst.robust_accuracy:.1%} ({low:.1%} to {high:.1%}) stand {', '.join(worst.attacks)}"
         ElementTree.SubElement(_case(suite, "worst case", str(worst)), "system-out").text = said
+    for front in audit.fronts:
+        case = _case(suite, "beyond evasion", front.defense if isinstance(front, Defense) else front.attack)
+        ElementTree.SubElement(case, "system-out").text = _printable("; ".join(summary.said(front)))
     for check in audit.checks:
         case = _case(suite, "checks", check.name)
         ElementTree.SubElement(case, "system-out").text = _printable(check.evidence)
         if not check.passed:
             ElementTree.SubElement(case, "skipped", message=_printable(f"{check.evidence}; {check.advice}"))
     for left in audit.left_out:
-        case = _case(suite, "left out", f"{left.attack} {left.threat}")
+        case = _case(suite, "left out", str(left))
         ElementTree.SubElement(case, "skipped", message=_printable(left.why))
     for kind, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
         suite.set(kind, str(len(list(suite.iter(tag)))))

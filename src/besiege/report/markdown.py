@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from besiege.report import summary
 from besiege.results.audit import Audit
 from besiege.results.record import Interval
 
@@ -17,8 +18,10 @@ def render(audit: Audit) -> str:
     lines += [f"- worst case within {w}: {w.robust_accuracy:.1%} ({_span(w.robust_interval)})" for w in audit.worst]
     lines += [] if audit.complete else ["- the run was cut short"]
     lines += ["", *_table(("attack", "threat", "images", "accuracy", "95 %"), rows)]
+    lines += _section("Beyond evasion", summary.lines(audit))
+    lines += _section("What to do", (advice.text for advice in audit.advice))
     lines += _section("Checks", (f"{'pass' if c.passed else '**warn**'} {c.name}: {c.evidence}" for c in audit.checks))
-    lines += _section("Left out", (f"{left.attack} {left.threat}: {left.why}" for left in audit.left_out))
+    lines += _section("Left out", (f"{left}: {left.why}" for left in audit.left_out))
     lines += _section("Warnings", audit.warnings)
     environment = audit.environment
     lines += ["", f"besiege {environment.besiege}, torch {environment.torch}, seed {audit.seed}, {audit.seconds:.0f} s"]

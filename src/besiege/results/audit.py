@@ -14,11 +14,17 @@ from pydantic import Field, ValidationError
 from besiege.core.errors import BadInput
 from besiege.results import files, store
 from besiege.results.checks import Check, of_records
+from besiege.results.defense import Defense
+from besiege.results.extraction import Theft
+from besiege.results.inference import Inversion, Membership, Reconstruction
 from besiege.results.interval import wilson
+from besiege.results.poisoning import PoisonRecord
 from besiege.results.record import Facts, Interval, Norm, Record, Rows, ball_text, joined
 from besiege.results.store import Store
 
 FILE = "audit.json"
+FRONT = "front "
+"""How the name begins under which a store notes what a front brought."""
 
 
 class Worst(Facts):
@@ -82,11 +88,14 @@ class Gate(Facts):
 
 
 class LeftOut(Facts):
-    """A cell that was not run, and why."""
+    """A cell that was not run, and why; a front has no threat."""
 
     attack: str
     threat: str
     why: str
+
+    def __str__(self) -> str:
+        return f"{self.attack} {self.threat}".rstrip()
 
 
 class Picture(Facts):
@@ -107,6 +116,21 @@ class Picture(Facts):
     survives_8bit: bool
     gain: float
     files: tuple[str, str, str]
+
+
+class Exhibit(Facts):
+    """A picture that a front left in the run's folder."""
+
+    front: str
+    caption: str
+    file: str
+
+
+class Advice(Facts):
+    """What to do, and the fronts and threats whose figures say so."""
+
+    text: str
+    figures: list[str]
 
 
 class Environment(Facts):
@@ -150,11 +174,31 @@ class Audit(Facts):
     nearest: list[Nearest] = Field(default_factory=list)
     checks: list[Check] = Field(default_factory=list)
     gates: list[Gate] = Field(default_factory=list)
+    defenses: list[Defense] = Field(default_factory=list)
+    memberships: list[Membership] = Field(default_factory=list)
+    inversions: list[Inversion] = Field(default_factory=list)
+    reconstructions: list[Reconstruction] = Field(default_factory=list)
+    thefts: list[Theft] = Field(default_factory=list)
+    poisonings: list[PoisonRecord] = Field(default_factory=list)
+    exhibits: list[Exhibit] = Field(default_factory=list)
+    advice: list[Advice] = Field(default_factory=list)
     left_out: list[LeftOut] = Field(default_factory=list)
     pictures: list[Picture] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     warnings: list[str] = Field(default_factory=list)
     complete: bool = True
+
+    @property
+    def fronts(self) -> list[Defense | Membership | Inversion | Reconstruction | Theft | PoisonRecord]:
+        """All that was done beyond evasion."""
+        return [
+            *self.defenses,
+            *self.memberships,
+            *self.inversions,
+            *self.reconstructions,
+            *self.thefts,
+            *self.poisonings,
+        ]
 
     def save(self, folder: Path) -> Path:
         """Write the audit into its folder, in one step."""
@@ -197,11 +241,12 @@ def derived(store: Store) -> Audit:
     records = [joined(part) for part in parts if part]
     right = sum(label == clean for label, clean in zip(known["label"], known["clean_label"], strict=True))
     clean = wilson(right, known["n"])
+    fought = [known[name] for name in known if name.startswith(FRONT)]
     return Audit(
         **{name: known[name] for name in Audit.model_fields if name in known and name not in ("checks", "notes")},
         **{name: known["sessions"][0][name] for name in ("started", "command", "git", "environment")},
         name=store.folder.name,
-        seconds=known["opening"] + sum(cell["wall"] for cell in cells.values()),
+        seconds=known["opening"] + sum(part["wall"] for part in (*cells.values(), *fought)),
         clean_accuracy=right / known["n"],
         clean_interval=clean,
         worst=worst_cases(records),
@@ -211,6 +256,13 @@ def derived(store: Store) -> Audit:
         checks=[Check(**check) for check in known.get("checks", []) + known["crossed"]] + of_records(records, clean),
         notes=known["notes"] + _moves(known["sessions"]),
         pictures=[Picture(**picture) for key in cells if key in shards for picture in cells[key]["pictures"]],
+        defenses=[Defense(**one["facts"]) for one in fought if one["kind"] == "Defense"],
+        memberships=[Membership(**one["facts"]) for one in fought if one["kind"] == "Membership"],
+        inversions=[Inversion(**one["facts"]) for one in fought if one["kind"] == "Inversion"],
+        reconstructions=[Reconstruction(**one["facts"]) for one in fought if one["kind"] == "Reconstruction"],
+        thefts=[Theft(**one["facts"]) for one in fought if one["kind"] == "Theft"],
+        poisonings=[PoisonRecord(**one["facts"]) for one in fought if one["kind"] == "PoisonRecord"],
+        exhibits=[Exhibit(**shown) for one in fought for shown in one["exhibits"]],
     )
 
 

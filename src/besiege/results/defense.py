@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
+from besiege.results.interval import wilson
 from besiege.results.record import Facts, Interval, Record
 
 Verdict = Literal["fallen", "weakened", "not refuted"]
@@ -42,6 +44,23 @@ class Row(Facts):
     detected_adaptive: Detection | None
     verdict: Verdict
 
+    @property
+    def masked(self) -> bool:
+        """Does more fall to who knows the defense than to who does not, beyond the latter's interval?"""
+        return (self.adaptive.success_rate or 0) > self.defended.success_interval[1]
+
+
+class Worst(Facts):
+    """The shares of the attacked images that fell to any attack of one threat; ``interval`` is of the last share."""
+
+    threat: str
+    n: int
+    before: float
+    unknowing: float
+    knowing: float
+    interval: Interval
+    verdict: Verdict
+
 
 class Defense(Facts):
     """A defense, what it costs and what each attack makes of it.
@@ -71,9 +90,14 @@ class Defense(Facts):
     notes: list[str] = Field(default_factory=list)
 
     @property
+    def worst(self) -> list[Worst]:
+        """All attacks of each threat together."""
+        return worst_of(self.rows)
+
+    @property
     def verdict(self) -> Verdict:
-        """The worst of all attacks."""
-        said = [row.verdict for row in self.rows]
+        """The worst of all attacks, and of all together."""
+        said = [row.verdict for row in self.rows] + [worst.verdict for worst in self.worst]
         return "fallen" if "fallen" in said else "weakened" if "weakened" in said else "not refuted"
 
 
@@ -86,24 +110,66 @@ def verdict(undefended: Record, defended: Record, adaptive: Record) -> Verdict:
     """
     before, after = undefended.median_distance, adaptive.median_distance
     farther = adaptive.threat.eps is None and before is not None and after is not None and after > 2 * before
-    most = (adaptive.success_rate or 0) >= 0.9 * (undefended.success_rate or 0)
-    if not farther and (most or not _fewer(undefended, adaptive)):
+    return _shown(_fell(undefended), _fell(defended), _fell(adaptive), farther)
+
+
+def worst_of(rows: Sequence[Row]) -> list[Worst]:
+    """All attacks of a threat together, image by image; those without a radius do not count."""
+    found = []
+    for threat in dict.fromkeys(str(row.undefended.threat) for row in rows if row.undefended.threat.eps is not None):
+        mine = [row for row in rows if str(row.undefended.threat) == threat]
+        before = _any(row.undefended for row in mine)
+        unknowing = _any(row.defended for row in mine)
+        knowing = _any(part for row in mine for part in (row.defended, row.adaptive))
+        if before and unknowing and knowing:
+            shares = [sum(fell.values()) / len(fell) for fell in (before, unknowing, knowing)]
+            found.append(
+                Worst(
+                    threat=threat,
+                    n=len(knowing),
+                    before=shares[0],
+                    unknowing=shares[1],
+                    knowing=shares[2],
+                    interval=wilson(sum(knowing.values()), len(knowing)),
+                    verdict=_shown(before, unknowing, knowing),
+                )
+            )
+    return found
+
+
+def _shown(
+    before: Mapping[int, bool], unknowing: Mapping[int, bool], knowing: Mapping[int, bool], farther: bool = False
+) -> Verdict:
+    """The verdict on which of the attacked images fell."""
+    most = _share(knowing) >= 0.9 * _share(before)
+    if not farther and (most or not _fewer(before, knowing)):
         return "fallen"
-    if (adaptive.success_rate or 0) > defended.success_interval[1]:
+    if unknowing and _share(knowing) > wilson(sum(unknowing.values()), len(unknowing))[1]:
         return "weakened"
     return "not refuted"
 
 
-def _fewer(undefended: Record, adaptive: Record) -> bool:
+def _fell(record: Record) -> dict[int, bool]:
+    """Whether an image fell, by its number, of those that were attacked."""
+    rows = record.images
+    return {i: hit for i, attacked, hit in zip(rows.index, rows.attacked, rows.success, strict=True) if attacked}
+
+
+def _any(records: Iterable[Record]) -> dict[int, bool]:
+    found: dict[int, bool] = {}
+    for record in records:
+        for index, hit in _fell(record).items():
+            found[index] = found.get(index, False) or hit
+    return found
+
+
+def _share(fell: Mapping[int, bool]) -> float:
+    return sum(fell.values()) / len(fell) if fell else 0.0
+
+
+def _fewer(before: Mapping[int, bool], knowing: Mapping[int, bool]) -> bool:
     """Whether fewer of the images that both were attacked on fell to the second, beyond chance."""
-    rows = zip(
-        undefended.images.attacked,
-        adaptive.images.attacked,
-        undefended.images.success,
-        adaptive.images.success,
-        strict=True,
-    )
-    pairs = [(first, second) for one, other, first, second in rows if one and other and first != second]
-    saved, count = sum(first for first, _ in pairs), len(pairs)
+    pairs = [before[i] for i in before.keys() & knowing.keys() if before[i] != knowing[i]]
+    saved, count = sum(pairs), len(pairs)
     chance = sum(math.comb(count, k) for k in range(saved, count + 1)) / 2.0**count
     return bool(chance <= 0.05)
