@@ -22,6 +22,8 @@ from besiege.bench.measure import Failure, Figures, contender, race
 from besiege.core.errors import BadInput, nearest
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+BESIDE = (PAGE.with_name("universal.md"), PAGE.with_name("shadow.md"))
+"""The pages of what no race of single images measures, whose tables this page has too."""
 FIGURES = Path(__file__).parent / "figures.json"
 """What every race found when it was last run, from which the page is written."""
 COLUMNS = (
@@ -147,8 +149,16 @@ def render(results: Sequence[Result]) -> str:
         "",
         "## The races",
         *(line for result in results for line in ["", *section(result)]),
+        *(line for page in BESIDE for line in ["", *_tabled(page)]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _tabled(page: Path) -> list[str]:
+    """The title of another page, its table, and where its words are."""
+    lines = page.read_text().splitlines()
+    title = f"### {lines[0].removeprefix('# ')}; see [{page.name}]({page.name})"
+    return [title, "", *(line for line in lines if line.startswith("|"))]
 
 
 def facts(laps: int, command: str) -> dict[str, str]:

@@ -7,14 +7,15 @@ Needs the shared data and the peers' library ART; about half an hour on one core
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from benchmarks import peers
+from benchmarks.floor import Counted, floor
 from benchmarks.networks import mnist, resnet20, robust_net
 from benchmarks.prepare import mosaics
 from besiege.core.images import Images
@@ -28,14 +29,15 @@ PAGE = """# Universal perturbations
 One perturbation for all images, fitted on {fitted} and judged on {judged} others: the share that leaves the class
 which the network gave the clean image (targeted: the share of the others that reaches the class). Beside it random
 signs of the same size, and what the fitting cost: forward and backward passes, a fitting image, and CPU seconds for
-all. ART, which takes image by image, has its own defaults, 10 rounds as ours, and {few} of the images to fit on; beside
-it ours with as many. In one process on one thread: `python -m benchmarks.universal`.
+all, the second also over the floor: the time of the same passes of the bare network. ART, which takes image by image,
+has its own defaults, 10 rounds as ours, and {few} of the images to fit on: on 500 it takes hours. Beside it ours with
+as many. In one process on one thread: `{command}`.
 
-| network, radius | method | share | random signs | forward | backward | CPU s |
-|---|---|---:|---:|---:|---:|---:|"""
+| network, radius | method | share | random signs | forward | backward | CPU s | time / floor |
+|---|---|---:|---:|---:|---:|---:|---:|"""
 
-FEW = 100
-"""So many images ART is given: on 500 it takes hours."""
+BATCH = 128
+"""The floor takes the network's passes in batches of this size."""
 
 METHODS = (
     ("as in the paper", make("uap", search="deepfool", batch=1), None),
@@ -51,7 +53,8 @@ def row(
     target: Target, training: Images, judged: Images, eps: float, name: str, attack: Attack, goal: int | None
 ) -> str:
     """One line of the table."""
-    judged = Images.of(judged.x, target.labels(judged.x))
+    bare, judged = target.module, Images.of(judged.x, target.labels(judged.x))
+    assert bare is not None
     threat = ThreatModel(Access.GRADIENTS, Ball(INF, eps), targeted=goal is not None)
     began = time.process_time()
     found = evade(attack, target, judged, threat, training=training, target_class=goal)
@@ -64,7 +67,8 @@ def row(
     return (
         f"| {target.name}, {round(eps * 255)}/255 | {attack.name}{aim}, {name} "
         f"| {found.success[found.attacked].float().mean():.3f} | {hit.float().mean():.3f} "
-        f"| {found.setup_forward / len(training):.1f} | {found.setup_backward / len(training):.1f} | {spent:.1f} |"
+        f"| {found.setup_forward / len(training):.1f} | {found.setup_backward / len(training):.1f} | {spent:.1f} "
+        f"| {spent / floor(bare, training.x[:BATCH], found.setup_forward + len(judged), found.setup_backward):.2f} |"
     )
 
 
@@ -94,35 +98,18 @@ def art_row(target: Target, training: Images, judged: Images, eps: float, method
     return (
         f"| {target.name}, {round(eps * 255)}/255 | {method}{aim}, ART, {len(training)} images "
         f"| {hit.float().mean():.3f} | "
-        f"| {counted.forwards / len(training):.1f} | {counted.backwards / len(training):.1f} | {spent:.1f} |"
+        f"| {counted.forwards / len(training):.1f} | {counted.backwards / len(training):.1f} | {spent:.1f} "
+        f"| {spent / floor(target.module, training.x[:BATCH], counted.forwards, counted.backwards):.2f} |"
     )
-
-
-class Counted(nn.Module):
-    """A network that counts the images that pass through it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.forwards, self.backwards = module, 0, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the network answers."""
-        self.forwards += len(x)
-        if x.requires_grad:
-            x.register_hook(self.back)
-        answer: torch.Tensor = self.module(x)
-        return answer
-
-    def back(self, grad: torch.Tensor) -> None:
-        """Count a backward pass."""
-        self.backwards += len(grad)
 
 
 def main() -> None:
     """Print the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.universal", description=__doc__)
     parser.add_argument("-n", "--images", type=int, default=500, help="to fit on; twice as many are judged")
-    n = parser.parse_args().images
+    parser.add_argument("--few", type=int, default=25, help="to fit ART on, and ours beside it")
+    given = parser.parse_args()
+    n, few = given.images, given.few
     torch.set_num_threads(1)
     x, y = mosaics("cifar10", "test")
     cifar = Images.of(torch.from_numpy(x[: 3 * n]).permute(0, 3, 1, 2) / 255, torch.from_numpy(y[: 3 * n]))
@@ -139,10 +126,11 @@ def main() -> None:
         for name, attack, goal in METHODS:
             rows.append(row(target, images[:n], images[n:], eps, name, attack, goal))
             print(rows[-1], file=sys.stderr, flush=True)
-        for line in beside_art(target, images[: min(n, FEW)], images[n:], eps):
+        for line in beside_art(target, images[:few], images[n:], eps):
             rows.append(line)
             print(line, file=sys.stderr, flush=True)
-    print("\n".join([PAGE.format(fitted=n, judged=2 * n, few=min(n, FEW)), *rows]))
+    command = shlex.join(["python", "-m", "benchmarks.universal", *sys.argv[1:]])
+    print("\n".join([PAGE.format(fitted=n, judged=2 * n, few=few, command=command), *rows]))
 
 
 if __name__ == "__main__":
