@@ -1,26 +1,29 @@
 """The measured map of the evasion defenses: every attack before, after, and by one who knows the defense.
 
-``python -m benchmarks.defenses mnist`` trains the networks, defends them, attacks the same images three times and
-prints the page; ``cifar10`` likewise. ``--keep FOLDER`` holds checkpoints and records, from which an interrupted run
-goes on. Needs the shared data; about an hour and a half each on one core.
+``python -m benchmarks.defenses mnist cifar10 --keep FOLDER`` trains the networks, defends them and attacks the same
+images three times. FOLDER holds checkpoints and records, from which an interrupted run goes on. ``--write`` makes
+docs/defenses.md of all records in it, and the map that `besiege audit` advises by. Needs the shared data; about an
+hour and a half each on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from benchmarks.networks import mnist
 from benchmarks.prepare import mosaics
+from besiege.audit import recommend
+from besiege.audit.recommend import Tried
 from besiege.core.fit import Fit
 from besiege.core.images import Images
 from besiege.core.method import Attack, configured, make, method
@@ -30,14 +33,29 @@ from besiege.embedded.recipes import recipe
 from besiege.engine.defense import Hardened, measured, trained, wrapped
 from besiege.results.defense import Defense, Row
 
-PAGE = """## {title}
+PAGE = """# Evasion defenses, measured
+
+Test images are attacked three times: on the undefended network, by someone who does not know the defense, and by
+someone who does, through the defense (a network that was only trained otherwise: by AutoAttack). A detector's
+rejection counts as a stop; clean images that it rejects count as lost. Intervals are Wilson's at 95 %. **Fallen**: at
+no more than twice the distance nine tenths as many images fall as before, or no difference shows; weakened: more fall
+than to the unknowing; else not refuted, which does not mean that it held. Attacks without a radius are judged at any
+distance. In one process on one thread: `{command}`. Trapdoors and the UAP rectifier against what they are there for
+are in [shields.md](shields.md), what training against one attack is worth against others in
+[train-test.md](train-test.md)."""
+
+SECTION = """
+## {title}
 
 {n} test images. {network}; the input defenses are calibrated on {calibration:,} test images that are not attacked and
-stand before the undefended network. `{command}`
+stand before the undefended network.
 
 | defense | clean, before → after | FPR | answers take | attack | before | unknowing | knowing | 95 % \
 | rejected, then by knowing | AUC, then by knowing | L2, knowing over before | verdict |
 |---|---|---:|---:|---|---:|---:|---:|---|---|---|---:|---|"""
+
+DOCS = Path(__file__).parents[1] / "docs" / "defenses.md"
+MAP = Path(recommend.__file__).with_name("map.json")
 
 Sent = list[tuple[Attack, Ball]]
 
@@ -116,8 +134,8 @@ FIELDS = {
     ),
     "cifar10": Field(
         "CIFAR-10",
-        "A ResNet-9 of width 24, fifteen epochs on 20,000 training images",
-        recipe("resnet9-24"),
+        "A ResNet-9 of width 24, twelve epochs on 20,000 training images",
+        replace(recipe("resnet9-24"), epochs=12),
         on_cifar10,
         2000,
         {
@@ -132,7 +150,7 @@ FIELDS = {
 
 
 def hardened(
-    name: str, held: Field, plain: Target | None, training: Images, clean: Images, keep: Path | None
+    name: str, held: Field, plain: Target | None, training: Images, clean: Images, keep: Path
 ) -> tuple[Attack, Hardened]:
     """A defended network beside the undefended one."""
     found = method(name)
@@ -149,15 +167,14 @@ def hardened(
         return step
 
     if found.card.kind == "training":
-        folder = None if keep is None else keep / name
-        if folder is not None and keep is not None and (keep / "undefended.ckpt").is_file():
+        folder = keep / name
+        if (keep / "undefended.ckpt").is_file():
             folder.mkdir(exist_ok=True)
             shutil.copy(keep / "undefended.ckpt", folder)
         both = trained(defense, held.fit, training, 0, classes=10, folder=folder, progress=tell(name))
-        if folder is not None and keep is not None:
-            shutil.copy(folder / "undefended.ckpt", keep)
+        shutil.copy(folder / "undefended.ckpt", keep)
         return defense, both
-    target = plain or held.fit(training, 0, classes=10, checkpoint=None if keep is None else keep / "undefended.ckpt")
+    target = plain or held.fit(training, 0, classes=10, checkpoint=keep / "undefended.ckpt")
     return defense, wrapped(defense, target, clean, 0)
 
 
@@ -177,6 +194,12 @@ def lines(record: Defense, chosen: dict[str, Any]) -> Iterator[str]:
             f"| {_share(row.defended.success_rate)} | {_share(row.adaptive.success_rate)} | {low:.0%}–{high:.0%} "
             f"| {_pair(row, 'tpr')} | {_pair(row, 'auc')} | {ratio} | {row.verdict} |"
         )
+    for worst in record.worst:
+        low, high = worst.interval
+        yield (
+            f"| | | | | **all of** {worst.threat} | {worst.before:.0%} | {worst.unknowing:.0%} | {worst.knowing:.0%} "
+            f"| {low:.0%}–{high:.0%} | – | – | – | {worst.verdict} |"
+        )
 
 
 def _share(value: float | None) -> str:
@@ -188,54 +211,88 @@ def _pair(row: Row, key: str) -> str:
     return " → ".join("–" if value is None else f"{value:.2f}" for value in both) if any(both) else "–"
 
 
+def measure(held: Field, images: int, only: Sequence[str], keep: Path) -> None:
+    """Measure the defenses of a field that ``keep`` has no record of."""
+    training, test = held.images()
+    clean, judged = test[: held.calibration], test[held.calibration : held.calibration + images]
+    plain = None
+    for name in only or held.defenses:
+        path = keep / f"{name}.json"
+        if path.is_file() or name not in held.defenses:
+            continue
+        defense, made = hardened(name, held, plain, training, clean, keep)
+        plain = made.undefended
+        print(f"{name}: made in {made.seconds:.0f} s", file=sys.stderr, flush=True)
+        record = measured(
+            defense,
+            made,
+            judged,
+            [(attack, ThreatModel(attack.card.access, ball)) for attack, ball in held.attacks()],
+            make("autoattack"),
+            calibration=training if method(name).card.kind == "training" else clean,
+            starts=clean.x[:100],
+            progress=lambda what: print(what, file=sys.stderr, flush=True),
+        )
+        path.write_text(record.json_text())
+        if name == "adversarial-training" and held.weights and made.defended.module is not None:
+            save_file(made.defended.module.state_dict(), path.with_name(held.weights))
+        print("\n".join(lines(record, held.defenses[name])), file=sys.stderr, flush=True)
+
+
+def records(keep: Path) -> Iterator[tuple[Field, list[Defense]]]:
+    """What is kept, field by field."""
+    for name, held in FIELDS.items():
+        paths = [keep / name / f"{defense}.json" for defense in held.defenses]
+        found = [Defense.model_validate_json(path.read_text()) for path in paths if path.is_file()]
+        if found:
+            yield held, found
+
+
+def page(keep: Path, command: str) -> str:
+    """The page of all that is kept."""
+    text = [PAGE.format(command=command)]
+    for held, found in records(keep):
+        text.append(
+            SECTION.format(
+                title=held.title, n=found[0].judged, network=held.network, calibration=held.calibration
+            ).rstrip("\n")
+        )
+        text += [line for record in found for line in lines(record, held.defenses[record.defense])]
+    return "\n".join(text) + "\n"
+
+
+def tried(keep: Path) -> list[Tried]:
+    """What an audit's advice is drawn from: all attacks of a radius together."""
+    return [
+        Tried(
+            data=held.title,
+            defense=record.defense,
+            attack="the worst of the attacks",
+            norm=worst.threat.partition(":")[0],
+            **worst.model_dump(),
+        )
+        for held, found in records(keep)
+        for record in found
+        for worst in record.worst
+    ]
+
+
 def main() -> None:
-    """Print the page."""
+    """Measure, and with --write make the page and the map."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defenses", description=__doc__)
-    parser.add_argument("field", choices=tuple(FIELDS))
+    parser.add_argument("fields", nargs="*", choices=tuple(FIELDS))
     parser.add_argument("-n", "--images", type=int, default=100)
-    parser.add_argument("--epochs", type=int, help="train for so many epochs")
     parser.add_argument("--only", action="append", help="this defense alone; repeatable")
-    parser.add_argument("--keep", type=Path, help="a folder for checkpoints and records")
+    parser.add_argument("--keep", type=Path, required=True, help="a folder for checkpoints and records")
+    parser.add_argument("--write", action="store_true", help="make docs/defenses.md and the map of all records there")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    held, keep = FIELDS[given.field], given.keep
-    if given.epochs:
-        held = replace(held, fit=replace(held.fit, epochs=given.epochs))
-    training, test = held.images()
-    clean, judged = test[: held.calibration], test[held.calibration : held.calibration + given.images]
-    command = shlex.join(["python", "-m", "benchmarks.defenses", *sys.argv[1:]])
-    page = [
-        PAGE.format(
-            title=held.title, n=given.images, network=held.network, calibration=held.calibration, command=command
-        )
-    ]
-    plain = None
-    for name in given.only or held.defenses:
-        path = None if keep is None else keep / f"{name}.json"
-        if path is not None and path.is_file():
-            record = Defense.model_validate_json(path.read_text())
-        else:
-            defense, made = hardened(name, held, plain, training, clean, keep)
-            plain = made.undefended
-            print(f"{name}: made in {made.seconds:.0f} s", file=sys.stderr, flush=True)
-            record = measured(
-                defense,
-                made,
-                judged,
-                [(attack, ThreatModel(attack.card.access, ball)) for attack, ball in held.attacks()],
-                make("autoattack"),
-                calibration=training if method(name).card.kind == "training" else clean,
-                starts=clean.x[:100],
-                progress=lambda what: print(what, file=sys.stderr, flush=True),
-            )
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(record.json_text())
-                if name == "adversarial-training" and held.weights and made.defended.module is not None:
-                    save_file(made.defended.module.state_dict(), path.with_name(held.weights))
-        page += lines(record, held.defenses[name])
-        print("\n".join(lines(record, held.defenses[name])), file=sys.stderr, flush=True)
-    print("\n".join(page))
+    for name in given.fields:
+        (given.keep / name).mkdir(parents=True, exist_ok=True)
+        measure(FIELDS[name], given.images, given.only or (), given.keep / name)
+    if given.write:
+        DOCS.write_text(page(given.keep, "python -m benchmarks.defenses mnist cifar10 --keep FOLDER --write"))
+        MAP.write_text(TypeAdapter(list[Tried]).dump_json(tried(given.keep), indent=1).decode() + "\n")
 
 
 if __name__ == "__main__":
