@@ -84,8 +84,8 @@ def _evasion(audit: Audit, worst: Worst, known: Sequence[Tried]) -> Iterator[Adv
         yield Advice(
             text=(
                 f"{fell}. Try {name}: on {best.data} {best.before:.0%} fell to {best.attack} in {best.threat} before "
-                f"it and {best.knowing:.0%} ({best.interval[0]:.0%}–{best.interval[1]:.0%}, n = {best.n}) to someone who "
-                f"knows it. Whether it helps this model `besiege audit --defend {name}` measures."
+                f"it and {best.knowing:.0%} ({best.interval[0]:.0%}–{best.interval[1]:.0%}, n = {best.n}) to who knows "
+                f"it. Whether it helps this model `besiege audit --defend {name}` measures."
             ),
             figures=[threat],
         )
