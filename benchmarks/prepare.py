@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -24,6 +25,15 @@ def mosaics(name: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     x = np.concatenate(sheets)
     y = np.load(folder() / name / "labels.npz")[f"y_{part}"][: len(x)]
     return x[: len(y)], y.astype(np.int64)
+
+
+def tiny(part: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tiny ImageNet at 32 pixels, (n, 32, 32, 3) uint8 of ``train100`` or ``val``, its first classes, and labels."""
+    file = np.load(folder() / "tinyimagenet32" / f"{part}.npz")
+    y, offsets, data = file["y"].astype(np.int64), file["offsets"], file["jpeg"]
+    rows = [k for k in range(len(y)) if y[k] < classes]
+    pictures = [Image.open(io.BytesIO(data[offsets[k] : offsets[k + 1]].tobytes())).convert("RGB") for k in rows]
+    return np.stack([np.asarray(picture) for picture in pictures]), y[rows]
 
 
 def main(name: str, out: str) -> None:
