@@ -18,7 +18,7 @@ from besiege.core.method import configured, method
 from besiege.core.rng import Rng
 from besiege.core.suspicion import Probe, Suspicion
 from besiege.core.target import Target
-from besiege.defenses.data.activation_clustering import knee
+from besiege.defenses.data.activation_clustering import _sparse, knee
 from besiege.defenses.detect.strip import Overlaid
 
 N, POISON = 200, 16
@@ -180,3 +180,11 @@ def test_what_cannot_be_searched_is_said_in_one_sentence(line, said, capsys):
     error = capsys.readouterr().err.strip()
     assert said in error
     assert error.count("\n") == 0
+
+
+def test_dbscan_finds_poison_that_is_less_dense_than_its_class():
+    draw = np.random.RandomState(0)
+    own, poison, stray = draw.randn(500, 3), 12 + 3 * draw.randn(60, 3), draw.uniform(-60, 60, (15, 3))
+    found = _sparse(np.concatenate([own, poison, stray]), 0.35)
+    assert found[500:560].mean() > 0.8
+    assert found[:500].mean() < 0.02 and found[560:].mean() < 0.3

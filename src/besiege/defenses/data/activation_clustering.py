@@ -48,7 +48,7 @@ def activation_clustering(
     both passes ``silhouette`` and it is less than ``size`` of the class; by the size alone; or where a network that was
     trained without it mostly takes it for another class (the paper's exclusionary reclassification, one training for
     each class). ``dbscan`` is no method of the paper: clusters are what is dense at the knee of the distances to the
-    neighbours, and those below ``size`` of the class are suspect.
+    neighbours, and those below ``size`` of the class are suspect, also clusters of what lies in none.
     """
     seen, y = all_features(probe.target, images.x), images.y
     score, suspect = torch.zeros(len(y)), torch.zeros(len(y), dtype=torch.bool)
@@ -98,16 +98,28 @@ def _halves(points: Array) -> tuple[NDArray[np.bool_], float]:
 
 
 def _sparse(points: Array, size: float) -> NDArray[np.bool_]:
-    """What lies in a cluster that holds less than ``size`` of the points; what lies in none is no cluster."""
+    """What lies in a cluster that holds less than ``size`` of the points, or in one of what is left over by itself.
+
+    Poison is often less dense than its class: what belongs to no cluster is searched again, at its own knee.
+    """
+    fewest = max(10, math.ceil(0.01 * len(points)))
+    said = _dense(points, fewest)
+    counts = np.bincount(said[said >= 0], minlength=1)
+    small: NDArray[np.bool_] = (said >= 0) & (counts[np.clip(said, 0, None)] < size * len(points))
+    lone = np.flatnonzero(said < 0)
+    if len(lone) > 2 * fewest and len(lone) < size * len(points):
+        small[lone[_dense(points[lone], fewest) >= 0]] = True
+    return small
+
+
+def _dense(points: Array, fewest: int) -> NDArray[np.int_]:
+    """The cluster of each point, -1 for none: what has ``fewest`` neighbours at the knee of their distances."""
     from sklearn.cluster import DBSCAN
     from sklearn.neighbors import NearestNeighbors
 
-    fewest = max(10, math.ceil(0.01 * len(points)))
-    far = np.sort(NearestNeighbors(n_neighbors=min(fewest, len(points) - 1)).fit(points).kneighbors()[0][:, -1])
-    said = DBSCAN(eps=max(knee(far), 1e-9), min_samples=fewest).fit_predict(points)
-    counts = np.bincount(said[said >= 0], minlength=1)
-    small: NDArray[np.bool_] = (said >= 0) & (counts[np.clip(said, 0, None)] < size * len(points))
-    return small
+    near = NearestNeighbors(n_neighbors=min(fewest, len(points) - 1)).fit(points).kneighbors()[0]
+    found: NDArray[np.int_] = DBSCAN(eps=max(knee(np.sort(near[:, -1])), 1e-9), min_samples=fewest).fit_predict(points)
+    return found
 
 
 def knee(ascending: Array) -> float:
