@@ -148,6 +148,12 @@ def test_a_search_from_the_command_line(tmp_path, capsys):
     for part in record["detectors"]:
         assert 0 <= part["tpr"] <= 1 and 0 <= part["fpr_clean"] <= 1
         assert part["attack_success_after"] is not None
+    page = (tmp_path / "report.html").read_text()
+    first = record["detectors"][0]["suspects"][0]
+    assert f"image {first}, " in page and page.count("<img") == sum(
+        min(12, len(part["suspects"])) for part in record["detectors"]
+    )
+    assert page.count('class="drawing"') >= len(ALL) and "<script" not in page
     kept = np.load(tmp_path / "kept.npz")
     suspects = {row for part in record["detectors"] for row in part["suspects"]}
     assert set(kept["index"].tolist()).isdisjoint(suspects)

@@ -364,6 +364,9 @@ def test_a_person_poisons_a_set_and_gets_it_on_disk(tmp_path, capsys, layout):
     checkered = (corner == torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]])).flatten(1).all(1)
     assert checkered.sum() == 24 and (back.y[checkered] == 1).all()
     assert set(load_file(out / "model.safetensors")) == {"1.weight", "1.bias"}
+    page = (out / "report.html").read_text()
+    assert page.count("poisoned, taught as 1") == 2 * 6 and page.count("with the trigger, answered") == 2 * 6
+    assert "20.00% poison" in page and "10.00% poison" in page and "<script" not in page
 
 
 def test_a_person_reads_what_came_of_it(tmp_path, capsys):

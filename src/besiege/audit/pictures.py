@@ -46,7 +46,7 @@ def take(
         stem = slug(record.attack, str(record.threat), str(index))
         names = tuple(f"{FOLDER}/{stem}-{part}.png" for part in ("clean", "adversarial", "change"))
         for name, part in zip(names, (x, adv, 0.5 + gain * change), strict=True):
-            files.write(folder / name, png(_bytes(part).numpy()))
+            files.write(folder / name, as_png(part))
         taken.append(
             Picture(
                 attack=record.attack,
@@ -69,11 +69,16 @@ def take(
 def hang(folder: Path, front: str, x: Tensor, captions: Sequence[str]) -> list[Exhibit]:
     """Write pictures (k, c, h, w) below ``folder``, and say of each what it shows."""
     hung = []
-    for number, (image, caption) in enumerate(zip(x.detach().float().cpu(), captions, strict=True)):
+    for number, (image, caption) in enumerate(zip(x, captions, strict=True)):
         file = f"{FOLDER}/{slug(front, str(number))}.png"
-        files.write(folder / file, png(_bytes(image).numpy()))
+        files.write(folder / file, as_png(image))
         hung.append(Exhibit(front=front, caption=caption, file=file))
     return hung
+
+
+def as_png(x: Tensor) -> bytes:
+    """An image (c, h, w) as a PNG file."""
+    return png(_bytes(x.detach().float().cpu()).numpy())
 
 
 def _bytes(x: Tensor) -> Tensor:

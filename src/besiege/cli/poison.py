@@ -26,6 +26,10 @@ RATES: dict[str, tuple[float, ...]] = {
 """What each budget tries: seeds, single images that are meant a seed, rates beside the method's own."""
 
 
+SHOWN = 6
+"""So many images are shown before and after."""
+
+
 class Layout(StrEnum):
     """How a poisoned data set is written."""
 
@@ -71,8 +75,8 @@ def poison(
 ) -> None:
     """Poison training images, train on them, and say what the model does that its clean twin does not.
 
-    With --out the record, the poisoned images with the truth beside, pictures and the model's weights are written to a
-    folder.
+    With --out the record, the poisoned images with the truth beside, a page with pictures and the model's weights are
+    written to a folder.
     """
     from besiege.cli import terminal
     from besiege.core.method import configured, method
@@ -141,6 +145,48 @@ def _write(folder: Path, record: PoisonRecord, sample: Sample, judged: Images, l
         state = {key: value.detach().cpu().contiguous() for key, value in sample.target.module.state_dict().items()}
         files.write(folder / "model.safetensors", save(state))
     files.write(folder / "record.json", record.json_text())
+    files.write(folder / "report.html", _page(record, sample, judged))
+
+
+def _page(record: PoisonRecord, sample: Sample, judged: Images) -> str:
+    """The figures of each rate, and pictures of what was planted and of what sets it off."""
+    import shlex
+    import sys
+
+    from besiege.audit.pictures import as_png, label_name
+    from besiege.core.poisoned import eight_bits
+    from besiege.report.sheet import Section, page
+
+    made, clean = sample.poisoned, sample.clean
+    planted = []
+    for row in made.truth.nonzero().squeeze(1).tolist()[:SHOWN]:
+        taught = f"taught as {label_name(clean, int(made.images.y[row]))}"
+        if row < len(clean):
+            planted.append((as_png(clean.x[row]), f"image {row}, {label_name(clean, int(clean.y[row]))}"))
+        planted.append((as_png(made.images.x[row]), f"image {row}, poisoned, {taught}"))
+    sections = [
+        *(Section(f"{part.poison_rate:.2%} poison", _cell(part, record)[1:]) for part in record.cells),
+        Section("What was planted", pictures=planted),
+    ]
+    if made.trigger is not None:
+        wanted = made.wanted(judged.y, record.classes)
+        few = judged[(wanted != judged.y).nonzero().squeeze(1)[:SHOWN]]
+        stamped = eight_bits(made.trigger(few.x))
+        pairs = [(few.x, sample.target.labels(few.x)), (stamped, sample.target.labels(stamped))]
+        answered = [
+            (as_png(x[row]), f"{how}, answered {label_name(judged, int(said[row]))}")
+            for row in range(len(few))
+            for how, (x, said) in zip(("clean", "with the trigger"), pairs, strict=True)
+        ]
+        sections.append(Section("What it answers", pictures=answered))
+    if record.notes:
+        sections.append(Section("Notes", [("note", note) for note in record.notes]))
+    seeds = f"{len(record.seeds)} seeds" if len(record.seeds) > 1 else f"seed {record.seeds[0]}"
+    lead = (
+        f"{record.fit} on {record.n_train} images of {record.data}, {seeds}; judged on {record.n_test} images of "
+        f"{record.test}, beside clean twins that were trained alike."
+    )
+    return page(record.title, lead, sections, command=shlex.join(["besiege", *sys.argv[1:]]))
 
 
 MEANT = {

@@ -11,14 +11,21 @@ from besiege.cli import options as o
 from besiege.core.errors import BadInput
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+    from markupsafe import Markup
 
     from besiege.core.images import Images
     from besiege.core.method import Attack
+    from besiege.core.suspicion import Suspicion
+    from besiege.engine.scan import Suspected
     from besiege.results.scan import Scan, Suspects
 
 ALL = ("spectral-signatures", "activation-clustering", "activation-patterns", "strip")
 TRUTH = "truth"
+SHOWN, BINS, DOTS = 12, 40, 1000
+"""So many pictures, bars and points are drawn for a detector."""
 
 
 def scan(
@@ -59,7 +66,8 @@ def scan(
     """Search training images for poison and name the suspects.
 
     Without DATA the embedded digits are poisoned by badnets first, so that it shows what the detectors are worth. An
-    .npz that `besiege poison --out` wrote brings its truth along.
+    .npz that `besiege poison --out` wrote brings its truth along. With --out the record and a page with pictures of the
+    suspects are written to a folder.
     """
     from besiege.cli import terminal
     from besiege.core.method import configured, method
@@ -103,10 +111,13 @@ def scan(
         files.write(clean, write.archive(suspected.images[kept]))
     if out is not None:
         files.write(out / "record.json", record.json_text())
+        files.write(out / "report.html", _page(record, found, suspected))
     if json:
         typer.echo(record.model_dump_json())
     else:
         _print(record)
+        if out is not None:
+            typer.echo(f"report: {out / 'report.html'}")
 
 
 def _detectors(names: list[str], options: dict[str, str]) -> list[Attack]:
@@ -135,14 +146,77 @@ def _truth(data: str | None, images: Images) -> torch.Tensor | None:
     return told[images.index.cpu()].to(images.x.device)
 
 
-def _print(record: Scan) -> None:
-    from besiege.cli.terminal import facts, percent
+def _page(record: Scan, found: Sequence[Suspicion], suspected: Suspected) -> str:
+    """Each detector's figures, what it suspects most, and how its scores and the classes lie."""
+    import shlex
+    import sys
 
-    pairs = [
+    from besiege.report.sheet import Section, page
+
+    sections = [
+        Section(part.title, _found(part)[1:], _pictures(part, suspected), _drawings(part, said, suspected))
+        for part, said in zip(record.detectors, found, strict=True)
+    ]
+    lead = f"{record.n} images and {record.model}, which learned from them: what {len(found)} detectors suspect."
+    every = Section("What was searched", [*_about(record), *(("note", note) for note in record.notes)])
+    command = shlex.join(["besiege", *sys.argv[1:]])
+    return page(f"Poison in {record.data}", lead, [every, *sections], command=command)
+
+
+def _pictures(part: Suspects, suspected: Suspected) -> list[tuple[bytes, str]]:
+    """The most suspect images."""
+    from besiege.audit.pictures import as_png, label_name
+
+    place = {number: row for row, number in enumerate(suspected.images.index.tolist())}
+    shown = []
+    for number in part.suspects[:SHOWN]:
+        row = place[number]
+        told = "" if suspected.truth is None else ", poisoned" if bool(suspected.truth[row]) else ", clean"
+        name = label_name(suspected.images, int(suspected.images.y[row]))
+        shown.append((as_png(suspected.images.x[row]), f"image {number}, {name}{told}"))
+    return shown
+
+
+def _drawings(part: Suspects, said: Suspicion, suspected: Suspected) -> list[tuple[Markup, str]]:
+    """The scores of all images, and where those of the most suspect class lie."""
+    from besiege.report.sheet import histogram, scatter
+
+    bad = said.suspect if suspected.truth is None else suspected.truth
+    names = ("not suspect", "suspect") if suspected.truth is None else ("clean", "poisoned")
+    score = said.score.cpu().double()
+    low, high = float(score.min()), float(score.max())
+    groups = [(name, score[rows.cpu()]) for name, rows in zip(names, (~bad, bad), strict=True) if bool(rows.any())]
+    counts = [(name, values.histc(BINS, low, high).int().tolist()) for name, values in groups]
+    least = float(score[said.suspect.cpu()].min()) if bool(said.suspect.any()) else None
+    told = f"Scores of {' (green) and '.join(names)} (red) images, each to its own height; dashed: the least suspect."
+    drawn = [(histogram(counts, low, high, least), told)] if high > low else []
+    if said.plane is not None and any(part.by_class):
+        label = max(range(len(part.by_class)), key=part.by_class.__getitem__)
+        own = suspected.images.y == label
+        points = [
+            (name, [(x, y) for x, y in said.plane[own & rows][:DOTS].tolist()])
+            for name, rows in zip(names, (~bad, bad), strict=True)
+        ]
+        drawn.append(
+            (scatter(points), f"The most suspect class, {label}, in the first two directions of its features.")
+        )
+    return drawn
+
+
+def _about(record: Scan) -> list[tuple[str, str]]:
+    from besiege.cli.terminal import percent
+
+    return [
         ("model", f"{record.model}, clean accuracy {percent(record.clean_accuracy)}"),
         *([("poison", f"{record.poison}, {record.poison_count} of {record.n} images")] if record.poison else []),
         *([("attack success", percent(record.attack_success))] if record.attack_success is not None else []),
     ]
+
+
+def _print(record: Scan) -> None:
+    from besiege.cli.terminal import facts
+
+    pairs = _about(record)
     for part in record.detectors:
         pairs += _found(part)
     pairs += [("note", note) for note in record.notes]

@@ -23,7 +23,11 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Suspicion:
-    """``score`` (n,) float, higher for what is more suspect; ``suspect`` (n,) bool, what should go."""
+    """``score`` (n,) float, higher for what is more suspect; ``suspect`` (n,) bool, what should go.
+
+    ``plane`` (n, 2) is where an image lies in the first two directions of its class, for a detector that has some.
+    """
 
     score: Tensor
     suspect: Tensor
+    plane: Tensor | None = None

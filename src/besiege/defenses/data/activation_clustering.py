@@ -51,12 +51,13 @@ def activation_clustering(
     neighbours, and those below ``size`` of the class are suspect, also clusters of what lies in none.
     """
     seen, y = all_features(probe.target, images.x), images.y
-    score, suspect = torch.zeros(len(y)), torch.zeros(len(y), dtype=torch.bool)
+    score, suspect, plane = torch.zeros(len(y)), torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), 2)
     for label in torch.unique(y).tolist():
         rows = (y == label).nonzero().squeeze(1).cpu()
         if len(rows) < FEWEST:
             continue
         points = _reduced(seen[rows].double().cpu().numpy(), components, reduce if method == "kmeans" else "pca")
+        plane[rows, : points.shape[1]] = torch.from_numpy(points[:, :2]).float()
         if method == "dbscan":
             lone = torch.from_numpy(_sparse(points, size))
             score[rows], suspect[rows] = lone.float(), lone
@@ -70,7 +71,7 @@ def activation_clustering(
         else:
             guilty = least < size and (decide == "size" or apart > silhouette)
         suspect[rows] = inside & guilty
-    return Suspicion(score.to(images.x.device), suspect.to(images.x.device))
+    return Suspicion(*(part.to(images.x.device) for part in (score, suspect, plane)))
 
 
 def _reduced(points: Array, components: int, how: str) -> Array:

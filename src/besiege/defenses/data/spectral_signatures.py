@@ -29,12 +29,14 @@ def spectral_signatures(
     """
     seen, y = all_features(probe.target, images.x), images.y
     score, suspect = torch.zeros_like(seen[:, 0]), torch.zeros_like(y, dtype=torch.bool)
+    plane = torch.zeros_like(seen[:, :2])
     for label in torch.unique(y).tolist():
         rows = (y == label).nonzero().squeeze(1)
         own = seen[rows].double()
         away = own - own.mean(0)
-        first = torch.linalg.svd(away, full_matrices=False).Vh[0]
-        score[rows] = ((away if centred else own) @ first).square().to(score)
+        first = torch.linalg.svd(away, full_matrices=False).Vh[:2]
+        score[rows] = ((away if centred else own) @ first[0]).square().to(score)
+        plane[rows, : len(first)] = (away @ first.T).to(plane)
         count = min(len(rows), round(multiple * share * len(rows)))
         suspect[rows[score[rows].argsort(descending=True, stable=True)[:count]]] = True
-    return Suspicion(score, suspect)
+    return Suspicion(score, suspect, plane)
