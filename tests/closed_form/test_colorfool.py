@@ -16,7 +16,7 @@ from besiege.engine.evasion import evade
 from besiege.engine.judge import judge
 from besiege.regions import Color, parse
 from besiege.regions.color import shifted, to_lab
-from besiege.regions.segments import segmented
+from besiege.regions.segments import by_colors, segmented
 
 KNOWN = {
     (1, 1, 1): (100.0, 0.0, 0.0),
@@ -100,7 +100,7 @@ def test_sky_plants_and_skin_are_told_by_their_colours():
     }.items():
         image[0, :, 32 * rows : 32 * rows + 32, 32 * columns : 32 * columns + 32] = torch.tensor(rgb).view(3, 1, 1)
     lab = to_lab(image)
-    masks, least, most = segmented(lab, 8)
+    masks, least, most = segmented(lab, by_colors(lab, 8))
     middle = masks[0, :, [16, 16, 48, 48], [16, 48, 16, 48]].T
     assert middle.round().tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0]]
     assert 0 < float(masks[0, 1, 16, 32]) < 1
@@ -132,6 +132,60 @@ def test_a_person_stays_as_it_is_and_the_sky_blue():
     assert float((tried - image).abs()[:, :, :, 40:].amax((1, 2, 3)).max()) > 0.1
     moved = (to_lab(tried) - to_lab(image))[:, 1:].abs().flatten(1).amax(1)
     assert bool((moved <= 1.27 * torch.arange(1, 101) * 1.001 + 0.01).all())
+
+
+def test_the_users_regions_change_each_on_its_own_and_people_not_at_all():
+    """Grey would be one region by its colours: its quarters are all else, sky, a person and a region of their own."""
+    image = torch.full((1, 3, 64, 64), 0.5)
+    maps = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    maps[:, :32, 32:], maps[:, 32:, :32], maps[:, 32:, 32:] = 1, 3, 7
+    seen: list[torch.Tensor] = []
+
+    def watch(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x.flatten(1)[:, :1] * 0 + torch.tensor([1.0, 0.0])
+
+    images = Images.of(image, torch.zeros(1, dtype=torch.int64)).mapped(maps)
+    threat = ThreatModel(Access.LABELS, Color(1.0), queries=None)
+    evade(colorfool(trials=100), Target(watch, Access.LABELS, 2, (3, 64, 64)), images, threat)
+    rest, sky, person, own = (
+        (to_lab(torch.cat(seen[1:])) - to_lab(image))[:, 1:, a, b] for a, b in ((8, 8), (8, 56), (56, 8), (56, 56))
+    )
+    assert float(person.abs().max()) < 0.01
+    assert float(sky.max()) < 0.01  # neither redder nor yellower
+    assert float(sky.min()) < -20
+    for free in (rest, own):
+        assert float(free.max()) > 20
+        assert float(free.min()) < -20
+    assert abs(float(torch.corrcoef(torch.stack([rest[:, 0], own[:, 0]]))[0, 1])) < 0.5
+
+
+def test_more_regions_elsewhere_change_nothing_of_an_image():
+    x = noise(2, 3, 16, 16)
+    maps = torch.zeros(2, 16, 16, dtype=torch.int64)
+    maps[0, :8], maps[1, :, 8:] = 2, 9
+    images = Images.of(x, torch.zeros(2, dtype=torch.int64)).mapped(maps)
+    seen: list[torch.Tensor] = []
+
+    def watch(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return x.flatten(1)[:, :1] * 0 + torch.tensor([1.0, 0.0])
+
+    threat, target = ThreatModel(Access.LABELS, Color(1.0), queries=None), Target(watch, Access.LABELS, 2, (3, 16, 16))
+    evade(colorfool(trials=5), target, images, threat)
+    together = torch.stack(seen[1:])
+    seen.clear()
+    evade(colorfool(trials=5), target, images[:1], threat)
+    assert torch.equal(torch.stack(seen[1:])[:, 0], together[:, 0])
+
+
+def test_maps_that_do_not_fit_are_refused():
+    images = Images.of(noise(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(BadInput, match=r"the maps are \(2, 8, 9\), the images \(2, 8, 8\)"):
+        images.mapped(torch.zeros(2, 8, 9, dtype=torch.int64))
+    for wrong in (torch.zeros(2, 8, 8), torch.full((2, 8, 8), -1), torch.full((2, 8, 8), 256)):
+        with pytest.raises(BadInput, match="whole numbers from 0 to 255"):
+            images.mapped(wrong)
 
 
 def test_the_smallest_change_of_hue_that_tells_is_found_and_confirmed():

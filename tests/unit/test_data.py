@@ -317,6 +317,44 @@ def test_bad_files_are_named_counted_and_refused_or_skipped(tmp_path):
     assert "no picture is left" in refused(str(tmp_path), on_bad="skip")
 
 
+def test_maps_of_regions_lie_beside_the_pictures_or_in_the_archive(tmp_path):
+    """Numbers as they stand, of grey files and of palettes; scaled to the nearest; the rows that were drawn."""
+    root, maps = folder_of(tmp_path / "f", ["a", "b"]), pixels(5, 4, 6, 5) % 9
+    for k, path in enumerate(sorted(root.rglob("*.png"))):
+        grey = Image.fromarray(maps[k])
+        (grey if k % 2 else palette(grey)).save(path.with_name(f"{path.stem}.map.png"))
+    read = open_images(f"imagefolder:{root}")
+    assert read.maps.tolist() == maps.tolist()
+    assert read[torch.tensor([2])].maps.tolist() == maps[2:3].tolist()
+    np.savez(tmp_path / "a.npz", x=pixels(6, 4, 6, 5, 3), y=np.arange(4), maps=maps)
+    drawn = open_images(str(tmp_path / "a.npz"), limit=2)
+    assert drawn.maps.tolist() == maps[drawn.index.numpy()].tolist()
+    for spec in (str(root), str(tmp_path / "a.npz")):
+        assert open_images(spec, size=(12, 10)).maps.tolist() == maps.repeat(2, 1).repeat(2, 2).tolist()
+    assert open_images(f"imagefolder:{folder_of(tmp_path / 'g', ['a'])}").maps is None
+
+
+def palette(grey):
+    picture = Image.fromarray(np.asarray(grey), "P")
+    picture.putpalette([255 - k // 3 for k in range(768)])
+    return picture
+
+
+def test_maps_that_are_none_are_refused(tmp_path):
+    root = folder_of(tmp_path / "f", ["a"])
+    Image.fromarray(pixels(0, 6, 5)).save(root / "a" / "0.map.png")
+    assert "1.map.png is missing" in refused(str(root))
+    Image.fromarray(pixels(0, 6, 5, 3)).save(root / "a" / "1.map.png")
+    assert "1.map.png is of mode RGB" in refused(str(root))
+    Image.fromarray(pixels(0, 6, 4)).save(root / "a" / "1.map.png")
+    assert "different sizes" in refused(str(root))
+    Image.fromarray(pixels(0, 6, 4)).save(root / "a" / "0.map.png")
+    assert "the maps are (2, 6, 4), the images (2, 6, 5)" in refused(str(root))
+    for wrong in (pixels(0, 2, 6, 4), pixels(0, 2, 6, 5) / 1.0):
+        np.savez(tmp_path / "a.npz", x=pixels(6, 2, 6, 5, 3), y=np.arange(2), maps=wrong)
+        assert "maps must be whole numbers of shape (2, 6, 5)" in refused(str(tmp_path / "a.npz"))
+
+
 def test_different_sizes_need_one(tmp_path):
     folder_of(tmp_path, ["0", "1"])
     Image.fromarray(pixels(9, 30, 20, 3)).save(tmp_path / "1" / "1.png")

@@ -18,6 +18,7 @@ class Images:
 
     ``index`` (n,) numbers the images in the set they came from and names their random streams; ``names``
     holds the classes in label order where the source knows them; ``notes`` says what was decided in reading them.
+    ``maps`` (n, h, w) int64 says which region each pixel belongs to, where the source knows (see `colorfool`).
     """
 
     x: Tensor
@@ -26,6 +27,7 @@ class Images:
     name: str = "images"
     names: Sequence[str] | None = None
     notes: tuple[str, ...] = ()
+    maps: Tensor | None = None
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, *, name: str = "images", names: Sequence[str] | None = None) -> Images:
@@ -56,7 +58,8 @@ class Images:
         return len(self.x)
 
     def __getitem__(self, rows: Tensor | slice) -> Images:
-        return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows])
+        maps = None if self.maps is None else self.maps[rows]
+        return replace(self, x=self.x[rows], y=self.y[rows], index=self.index[rows], maps=maps)
 
     @property
     def digest(self) -> str:
@@ -74,7 +77,20 @@ class Images:
 
     def to(self, device: torch.device | str) -> Images:
         """The same images on another device."""
-        return replace(self, x=self.x.to(device), y=self.y.to(device), index=self.index.to(device))
+        maps = None if self.maps is None else self.maps.to(device)
+        return replace(self, x=self.x.to(device), y=self.y.to(device), index=self.index.to(device), maps=maps)
+
+    def mapped(self, maps: Tensor) -> Images:
+        """The same images with ``maps`` (n, h, w) of the region of each pixel, whole numbers from 0 to 255.
+
+        Raises:
+            BadInput: other numbers, or not one for each pixel.
+        """
+        if maps.shape != (len(self), *self.shape[1:]):
+            raise BadInput(f"{self.name}: the maps are {tuple(maps.shape)}, the images {(len(self), *self.shape[1:])}")
+        if maps.is_floating_point() or maps.is_complex() or int(maps.min()) < 0 or int(maps.max()) > 255:
+            raise BadInput(f"{self.name}: a map holds whole numbers from 0 to 255")
+        return replace(self, maps=maps.long())
 
     def shared(self, other: Images) -> int:
         """How many of these images ``other`` has too, pixel by pixel in 8 bits."""

@@ -49,6 +49,9 @@ Kind = Evasive | Literal["poisoning", "inference", "extraction"] | Guards
 EVASIVE: tuple[str, ...] = typing.get_args(Evasive)
 GUARDS: tuple[str, ...] = typing.get_args(Guards)
 
+SUPPLIED = ("start", "maps")
+"""Keyword-only arguments that the engine gives to those whose card says so."""
+
 UNITED = "parts"
 """The argument of a union: its attacks."""
 
@@ -75,6 +78,7 @@ class Card:
     seeks: Seeks = "optimum"
     asks: Asks | None = None
     start: bool = False
+    maps: bool = False
     targeted: bool = True
     channels: int | None = None
     transfers: bool = False
@@ -156,7 +160,7 @@ def _declare(kind: Kind, title: str, function: Callable[..., Any], **facts: Any)
     options = {
         p.name: p
         for p in inspect.signature(function, eval_str=True).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name != "start"
+        if p.kind is p.KEYWORD_ONLY and p.name not in SUPPLIED
     }
     card = Card(
         name=name,
@@ -180,6 +184,7 @@ def evasion(
     access: Access = Access.GRADIENTS,
     seeks: Seeks = "success",
     start: bool = False,
+    maps: bool = False,
     targeted: bool = True,
     channels: int | None = None,
 ) -> Callable[[Callable[Concatenate[Oracle, Tensor, Within, Rng, P], Tensor | None]], Method[P]]:
@@ -188,7 +193,7 @@ def evasion(
     With ``channels`` it takes images of so many channels alone.
 
     With ``start`` the engine finds adversarial images first and hands them over as ``start`` (n, c, h, w; keyword);
-    where it finds none, that is the image itself.
+    where it finds none, that is the image itself. With ``maps`` it hands over those of the images' regions, or None.
     """
 
     def declare(function: Callable[Concatenate[Oracle, Tensor, Within, Rng, P], Tensor | None]) -> Method[P]:
@@ -201,6 +206,7 @@ def evasion(
             access=access,
             seeks=seeks,
             start=start,
+            maps=maps,
             targeted=targeted,
             channels=channels,
         )

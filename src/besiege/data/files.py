@@ -11,11 +11,14 @@ from torch import Tensor
 
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
-from besiege.data.picture import BadPicture, decode
-from besiege.data.wanted import Wanted, fit
+from besiege.data.picture import BadPicture, decode, decode_map
+from besiege.data.wanted import Wanted, fit, fit_maps
 
 NAMED = 5
 """So many bad files are named; the rest is counted."""
+
+MAP = ".map.png"
+"""The map of regions of `dog.jpg` is `dog.map.png` beside it."""
 
 
 def read_files(
@@ -28,8 +31,11 @@ def read_files(
 ) -> Images:
     """Pictures with their labels. With a limit, bad ones that are skipped are made up for by others.
 
+    Where a picture has a map of its regions beside it, all have to have one.
+
     Raises:
-        BadInput: a file is bad and bad ones are refused; sizes differ and none is asked for; none is left.
+        BadInput: a file is bad and bad ones are refused; sizes differ and none is asked for; none is left; a map is
+            missing or no grey picture of the picture's size.
     """
     good: dict[int, Tensor] = {}
     bad: list[str] = []
@@ -60,7 +66,24 @@ def read_files(
     _one_size([(files[row][0], good[row]) for row in rows], name)
     labels = torch.tensor([files[row][1] for row in rows])
     images = Images.of(torch.stack([good[row] for row in rows]), labels, name=name, names=names)
-    return replace(images, index=torch.tensor(rows), notes=tuple(said))
+    images = replace(images, index=torch.tensor(rows), notes=tuple(said))
+    maps = [files[row][0].with_name(files[row][0].stem + MAP) for row in rows]
+    return images.mapped(_maps(maps, wanted, name)) if any(path.exists() for path in maps) else images
+
+
+def _maps(paths: Sequence[Path], wanted: Wanted, name: str) -> Tensor:
+    """(n, h, w) the regions of each picture."""
+    maps = []
+    for path in paths:
+        try:
+            maps.append(fit_maps(decode_map(path)[None], wanted.size))
+        except BadPicture as reason:
+            raise BadInput(
+                f"{name}: {path.name} is {reason}; give each picture a map of its regions, or none"
+            ) from None
+    if len({part.shape for part in maps}) > 1:
+        raise BadInput(f"{name}: the maps of regions have different sizes")
+    return torch.cat(maps)
 
 
 def _one_size(pictures: Sequence[tuple[Path, Tensor]], name: str) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
 from besiege.data.classes import label_of
-from besiege.data.files import read_files
+from besiege.data.files import MAP, read_files
 from besiege.data.wanted import Wanted
 
 
 def read(folder: Path, wanted: Wanted) -> Images:
-    """Every file below a class's folder, hidden ones left out; labels as in `besiege.data.classes`.
+    """Every file below a class's folder, hidden ones and maps of regions left out; labels as in `besiege.data.classes`.
 
     Raises:
         BadInput: there are no class folders, or as in `besiege.data.files.read_files`.
@@ -27,6 +27,8 @@ def read(folder: Path, wanted: Wanted) -> Images:
         (path, labels[name])
         for name, group in groups.items()
         for path in sorted(group.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(group).parts)
+        if path.is_file()
+        and not path.name.endswith(MAP)
+        and not any(part.startswith(".") for part in path.relative_to(group).parts)
     ]
     return read_files(files, wanted, str(folder), names=names, notes=notes)

@@ -30,6 +30,27 @@ def decode(path: Path, *, alpha: bool = False) -> Tensor:
     Raises:
         BadPicture: the file is missing, damaged, no picture or of an unknown mode.
     """
+    picture = _opened(path)
+    pixels = _pixels(picture, alpha)
+    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise BadPicture(f"of mode {picture.mode} with values outside its range")
+    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
+
+
+def decode_map(path: Path) -> Tensor:
+    """The numbers (h, w) int64 of a grey or palette picture of 8 bits: which region each pixel belongs to.
+
+    Raises:
+        BadPicture: as `decode`, or the picture is in colour or deeper.
+    """
+    picture = _opened(path)
+    if picture.mode not in ("L", "P"):
+        raise BadPicture(f"of mode {picture.mode}, where a map is grey or has a palette")
+    return torch.from_numpy(np.asarray(picture, np.int64).copy())
+
+
+def _opened(path: Path) -> Image.Image:
+    """The picture, turned upright, or why there is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -37,6 +58,7 @@ def decode(path: Path, *, alpha: bool = False) -> Tensor:
             with Image.open(path) as file:
                 picture = ImageOps.exif_transpose(file)
                 picture.load()
+                return picture
     except FileNotFoundError:
         raise BadPicture("missing") from None
     except UnidentifiedImageError:
@@ -45,10 +67,6 @@ def decode(path: Path, *, alpha: bool = False) -> Tensor:
         raise BadPicture("larger than any honest picture") from None
     except Exception as error:
         raise BadPicture(f"damaged: {error}") from None
-    pixels = _pixels(picture, alpha)
-    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-        raise BadPicture(f"of mode {picture.mode} with values outside its range")
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
 
 
 def _pixels(picture: Image.Image, alpha: bool) -> np.ndarray[Any, Any]:

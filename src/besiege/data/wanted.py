@@ -78,3 +78,10 @@ def fit(x: Tensor, size: tuple[int, int] | None, channels: int | None) -> Tensor
     if size is not None and tuple(x.shape[2:]) != tuple(size):
         x = F.interpolate(x, size, mode="bilinear", antialias=True).clamp(0, 1)
     return x
+
+
+def fit_maps(maps: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Maps of regions (n, h, w), each pixel of the ``size`` (height, width) asked for in the region nearest to it."""
+    if size is None or tuple(maps.shape[1:]) == tuple(size):
+        return maps
+    return F.interpolate(maps[:, None].double(), size, mode="nearest-exact")[:, 0].long()

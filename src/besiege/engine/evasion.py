@@ -144,7 +144,7 @@ def evade(
         )
         with fast.ready(), target.ready():
             if trigger is None:
-                _run(attack, meter, images.index[rows], seed, lens, starts, notes)
+                _run(attack, meter, images[rows], seed, lens, starts, notes)
             else:
                 with suppress(Finished):
                     moved = torch.cat([trigger(part) for part in meter.x.split(target.batch)])
@@ -345,7 +345,7 @@ def _fits(
 def _run(
     attack: Attack,
     meter: Meter,
-    index: Tensor,
+    images: Images,
     seed: int,
     lens: Lensing | None,
     starts: Tensor | None,
@@ -355,16 +355,18 @@ def _run(
     if attack.card.kind == "ensemble":
         for part in attack.bound()():
             meter.all_rows()
-            _run(part, meter, index, seed, lens, starts, notes)
+            _run(part, meter, images, seed, lens, starts, notes)
         return
-    rng = Rng.of(seed, index, attack.name)
+    rng = Rng.of(seed, images.index, attack.name)
     if attack.card.kind == "search":
         _search(attack, meter, rng, starts, notes)
         return
-    oracle: Oracle = meter if lens is None else lens(meter, meter.x, Rng.of(seed, index, attack.name + "/lens"))
+    oracle: Oracle = meter if lens is None else lens(meter, meter.x, Rng.of(seed, images.index, attack.name + "/lens"))
     try:
-        begun = {"start": find_starts(meter, _aside(rng), starts)[0]} if attack.card.start else {}
-        last = attack.bound()(oracle, meter.x, meter.ball, rng, **begun)
+        supplied = {"start": find_starts(meter, _aside(rng), starts)[0]} if attack.card.start else {}
+        if attack.card.maps and images.maps is not None:
+            supplied["maps"] = images.maps
+        last = attack.bound()(oracle, meter.x, meter.ball, rng, **supplied)
         if last is not None:
             meter.is_adversarial(last)
     except Finished:

@@ -1,4 +1,4 @@
-"""The parts of an image that its colours tell apart: sky and water, plants, skin, and all else."""
+"""The parts of an image that may change their colours, and how: sky and water, plants, people, and all else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,26 @@ from besiege.core.threat import INF
 BLUR = 10
 """The edges of the parts are as wide as this many pixels."""
 
+SKIN = 3
+"""The number of what stays as it is."""
 
-def segmented(lab: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The regions that may change and by how much their a and b may move: all else, sky and water, plants.
 
-    Masks (n, 3, h, w) in [0, 1] with soft edges, and the least and the largest moves (n, 3, 2).
+def by_colors(lab: Tensor, clusters: int) -> Tensor:
+    """(n, h, w) for the pixels of images (n, 3, h, w): 0 all else, 1 sky or water, 2 plants, 3 skin.
+
+    The ``clusters`` colours of an image that k-means finds are told apart by their hue.
     """
-    kinds = torch.stack([_kinds(one, clusters) for one in lab])
-    sharp = torch.stack([kinds == k for k in range(3)], 1).to(lab)
+    return torch.stack([_kinds(one, clusters) for one in lab])
+
+
+def segmented(lab: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The r regions of ``kinds`` (n, h, w) that may change, and by how much their a and b may move.
+
+    Those of kind 1 stay as blue as they are or get bluer, of 2 as green, and 3 is left out; others take any colour.
+    Masks (n, r, h, w) in [0, 1] with soft edges, and the least and the largest moves (n, r, 2).
+    """
+    regions = [k for k in range(max(SKIN, int(kinds.max()) + 1)) if k != SKIN]
+    sharp = torch.stack([kinds == k for k in regions], 1).to(lab)
     around = (BLUR // 2, BLUR - 1 - BLUR // 2) * 2
     masks = F.avg_pool2d(F.pad(sharp, around, mode="replicate"), BLUR, stride=1)
     count = sharp.sum((2, 3)).clamp_min(1)
