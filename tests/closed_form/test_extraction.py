@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +32,6 @@ from besiege.engine.evasion import evade
 from besiege.engine.extraction import extract, steal
 from besiege.engine.prada import FEWEST, Prada
 from besiege.targets import open_target
-from besiege.targets.callable import from_callable
 
 SHAPE = (1, 5, 5)
 SOFTMAX = Fit(softmax, "softmax", epochs=20, lr=0.1)
@@ -297,40 +294,6 @@ def test_copycat_asks_no_more_than_there_is(blobs: tuple[Target, Images]) -> Non
     assert extract(copycat(queries=120, pool="both", sampling="kcentre"), victim, pool[:10], SOFTMAX).queries == 120
 
 
-class Answering(BaseHTTPRequestHandler):
-    """A classifier behind HTTP: the label of each of the images in a request."""
-
-    victim: Target
-
-    def do_POST(self) -> None:
-        sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        said = json.dumps({"answers": self.victim.labels(torch.tensor(sent["images"])).tolist()}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing on stderr."""
-
-
-def test_copycat_steals_the_same_from_a_module_a_function_and_an_address(blobs: tuple[Target, Images]) -> None:
-    victim, pool = blobs
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Answering,), {"victim": victim}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        address = open_target(f"http://127.0.0.1:{server.server_port}/", data=pool[:50], classes=3)
-        function = from_callable(victim.labels, 3, (3, 3, 3))
-        assert address.access == function.access == Access.LABELS
-        stolen = [extract(copycat(queries=40), one, pool[:50], SOFTMAX, seed=2) for one in (victim, function, address)]
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert [one.queries for one in stolen] == [40, 40, 40]
-    for other in stolen[1:]:
-        assert torch.equal(stolen[0].module[1].weight, other.module[1].weight)
-
-
 @pytest.mark.parametrize("name", list(of_kind("extraction")))
 def test_an_extraction_says_what_it_is(name: str) -> None:
     card, function = of_kind("extraction")[name].card, of_kind("extraction")[name].function
@@ -465,3 +428,49 @@ def test_steal_from_the_command_line_and_use_what_was_stolen(
     assert "there is no training recipe 'nonsense'" in capsys.readouterr().err
     assert run(["attack", "pgd", "stolen:nowhere", "--data", "test.npz"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["pgd"], "besiege attack pgd"),
+        (["copycat", "--fit", "small-cnn"], "--fit small-cnn does not suit images of 1x6x6"),
+        (["copycat", "--out", "pool.npz"], "cannot write to pool.npz: pool.npz is a file"),
+        (["copycat", "-o", "queries=0"], "queries must be at least 1"),
+        (["copycat", "-o", "sampling=best"], "sampling must be one of random, uncertainty, kcentre"),
+        (["copycat", "--test", "many.npz"], "the labels of many.npz go up to 39"),
+        (["copycat", "--data", "nowhere"], "there is no such file or folder"),
+        (["copycat", "--data", "empty"], "holds no folders, one for each class"),
+        (["functionally-equivalent", "--queries", "10"], "its 10 queries were used up"),
+        (["functionally-equivalent", "--device", "cuda:99"], "is not to be had"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    arguments: list[str],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "victim.py").write_text(
+        "from besiege.embedded.recipes import mlp\n\ndef net():\n    return mlp((1, 6, 6), 3, hidden=5)\n"
+    )
+    for name, classes in (("pool", 3), ("many", 40)):
+        np.savez(tmp_path / f"{name}.npz", x=torch.rand(40, 1, 6, 6).numpy(), y=np.arange(40) % classes)
+    given = ["steal", arguments[0], "victim.py:net", "--data", "pool.npz", "--test", "pool.npz", "--trust-code"]
+    assert run([*given, *arguments[1:]]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert why in said[-1]
+    assert [line for line in said if not line.startswith("warning: ")] == said[-1:]
+
+
+def test_who_judges_by_what_was_asked_about_is_told(blobs: tuple[Target, Images]) -> None:
+    victim, pool = blobs
+    apart, both = (
+        steal(copycat(queries=40), victim, pool[:100], Images.of(x, victim.labels(x)), SOFTMAX)[1].notes
+        for x in (pool.x[100:200], pool.x[70:170])
+    )
+    assert not apart
+    assert both == ["30 of the 100 images that judge are among those that it may ask about"]

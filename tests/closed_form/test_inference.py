@@ -445,7 +445,15 @@ def fit():
     def build(shape, classes):
         return nn.Sequential(nn.Flatten(), nn.Linear(36, 64), nn.ReLU(), nn.Linear(64, classes))
     return Fit(build, "tiny", epochs=40, batch=16, lr=0.2)
+
+def odd():
+    return Fit(lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(36, 5)), "odd")
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
 """
+
+KNOWN = ["membership-inference", "tiny.py:net", "--members"]
 
 
 @pytest.fixture
@@ -457,6 +465,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "blobs": blobs(120),
         "members": noise(40, 1),
         "others": noise(40, 2),
+        "ones": Images.of(noise(40).x, torch.ones(40, dtype=torch.int64)),
+        "many": Images.of(noise(60, 3).x, torch.arange(60)),
     }.items():
         np.savez(tmp_path / f"{name}.npz", x=images.x.numpy(), y=images.y.numpy())
     monkeypatch.chdir(tmp_path)
@@ -536,10 +546,24 @@ def test_reconstruction_of_what_was_asked_and_of_what_was_learned(place, capsys)
         (["reconstruction", "embedded:digits-cnn", "-o", "mode=informed"], "--members"),
         (["pgd"], "besiege attack pgd"),
         (["model-inversion", "-o", "prior=rough"], "prior"),
+        ([*KNOWN, "others.npz", "--nonmembers", "others.npz"], "40 of the 40 non-members are members too"),
+        ([*KNOWN, "members.npz", "--nonmembers", "others.npz", "-n", "5"], "5 members and 5 non-members are too few"),
+        ([*KNOWN, "members.npz", "--nonmembers", "others.npz", "--fit", "small-cnn"], "does not suit images of 1x6x6"),
+        ([*KNOWN, "members.npz", "--nonmembers", "others.npz", "--fit", "tiny.py:odd"], "with shape (2, 5); expected"),
+        ([*KNOWN, "members.npz", "--nonmembers", "others.npz", "--data", "many.npz"], "label 59 is out of range"),
+        ([*KNOWN, "members.npz", "--nonmembers", "others.npz", "--out", "tiny.py/deep"], "tiny.py is a file"),
+        (["membership-inference", "--test", "others.npz"], "leave --test out"),
+        (["membership-inference", "--data", "ones.npz"], "all images are of class 1"),
+        (["membership-inference", "--data", "noise.npz", "--device", "cuda:99"], "is not to be had"),
+        (["model-inversion", "tiny.py:net", "--data", "ones.npz"], "all images are of class 1"),
+        (["model-inversion", "tiny.py:net", "--data", "noise.npz", "--fit", "small-cnn"], "does not suit images of"),
+        (["reconstruction", "--members", "members.npz"], "mode=informed alone"),
+        (["reconstruction", "-o", "mode=informed", "--data", "ones.npz"], "all images are of class 1"),
+        (["reconstruction", "tiny.py:net", "--data", "noise.npz", "-o", "epochs=0"], "epochs must be at least 1"),
     ],
 )
 def test_a_mistake_is_one_sentence(place, capsys, arguments, word):
-    assert run(["infer", *arguments]) == 2
+    assert run(["infer", *arguments, "--trust-code"]) == 2
     said = capsys.readouterr().err
     assert word in said
     assert said.count("\n") == 1

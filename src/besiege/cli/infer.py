@@ -112,6 +112,10 @@ def infer(
         raise BadInput(f"{name} asks for no gradients; leave --lens out")
     if (members or nonmembers) and card.gives == "images":
         raise BadInput(f"{name} is not about single images; leave --members and --nonmembers out")
+    if test and card.gives == "membership":
+        raise BadInput(f"{name} is judged by --members and --nonmembers; leave --test out")
+    if card.gives == "inputs" and (nonmembers or (members and chosen.arguments["mode"] != "informed")):
+        raise BadInput(f"{name} takes --members with -o mode=informed alone, and --nonmembers never")
 
     def images(spec: str, like: Images | None = None) -> Images:
         size, channels = (None, None) if like is None else (like.shape[1:], like.shape[0])
@@ -178,6 +182,7 @@ def _membership(attack: Attack, given: Given) -> Found:
 
     from besiege.core.reference import Reference
     from besiege.engine.inference import infer_membership
+    from besiege.targets.recipe import suits
 
     more, notes = None, []
     if given.members is not None and given.nonmembers is not None:
@@ -194,17 +199,19 @@ def _membership(attack: Attack, given: Given) -> Found:
         if len(every) < 20:
             raise BadInput(f"{every.name}: {len(every)} images are too few to train on half of them")
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(given.seed)).to(every.x.device)
-        half = len(every) // 2
+        half, count = len(every) // 2, o.several(every)
+        suits(given.fit, every.shape, count)
         inside, outside = every[order[:half].sort().values], every[order[half : 2 * half].sort().values]
-        victim = given.fit(inside, given.seed, classes=int(every.y.max()) + 1, progress=given.seen)
+        victim = given.fit(inside, given.seed, classes=count, progress=given.seen)
         notes.append(
             f"no members were given: the target is {given.fit.name}, trained here on {half} images of {every.name}, "
             f"and the non-members are {half} others"
         )
+    shadowed = attack.arguments["mode"] != "loss"
     knows = Reference(
         victim.shape,
         images=more,
-        fit=None if attack.arguments["mode"] == "loss" else given.fit,
+        fit=suits(given.fit, victim.shape, victim.classes) if shadowed else None,
         folder=None if given.out is None else given.out / "shadows",
         progress=given.seen,
     )
@@ -219,9 +226,12 @@ def _inversion(attack: Attack, given: Given, through: Through | None) -> Found:
     import torch
 
     from besiege.engine.inference import invert
+    from besiege.targets.recipe import suits
 
     training, judged = given.split()
+    o.several(training)
     victim = given.victim(given.target or DEFAULTS[attack.name], judged)
+    suits(given.fit, victim.shape, victim.classes)
     evaluator = given.fit(training, given.seed + 1, classes=victim.classes, progress=given.seen)
     every = torch.arange(victim.classes, device=judged.x.device)
     made, record = invert(
@@ -233,6 +243,9 @@ def _inversion(attack: Attack, given: Given, through: Through | None) -> Found:
         f"recognized by {evaluator.name}, trained here on {len(training)} images of {training.name}; distances are to "
         "these, the training images if the target was trained on them",
     ]
+    unknown = sorted(set(every.tolist()) - set(training.y.tolist()))
+    if unknown:
+        notes.append(f"{training.name} has no images of {', '.join(map(str, unknown))}, which so cannot be recognized")
     pictures = {f"class-{label}": image for label, image in zip(every.tolist(), made, strict=True)}
     return record.model_copy(update={"notes": notes}), {"images": made, "classes": every}, pictures
 
@@ -260,7 +273,7 @@ def _reconstruction(attack: Attack, given: Given) -> Found:
         else:
             images = images.sample(ROWS, given.seed)
             link, decay = attack.arguments["link"], attack.arguments["decay"] or DECAY
-            victim = optimum(images, classes=int(images.y.max()) + 1, link=link, decay=decay)
+            victim = optimum(images, classes=o.several(images), link=link, decay=decay)
             notes.append(
                 f"the target is {victim.name} with weight decay {decay:g}, trained here on {len(images)} images"
             )

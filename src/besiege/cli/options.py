@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +34,27 @@ class OnBad(StrEnum):
     skip = "skip"
 
 
+def there(device: str) -> str:
+    """A device that can be computed on."""
+    if device != "cpu":
+        from besiege.targets.open import device_of
+
+        device_of(device)
+    return device
+
+
+def writable(folder: Path | None) -> Path | None:
+    """A folder that can be written to, or made; said before the work is done."""
+    at = folder
+    while at is not None and not at.exists() and at != at.parent:
+        at = at.parent
+    if at is not None and not at.is_dir():
+        raise BadInput(f"cannot write to {folder}: {at} is a file, not a folder")
+    if at is not None and not os.access(at, os.W_OK):
+        raise BadInput(f"cannot write to {folder}: it is not allowed in {at}")
+    return folder
+
+
 TargetSpec = Annotated[
     str | None,
     typer.Argument(
@@ -44,7 +66,7 @@ DataSpec = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("-n", "--limit", min=1, help="Take this many images.")]
 Seed = Annotated[int, typer.Option(min=0, help="Where all random draws start.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")]
+Device = Annotated[str, typer.Option(callback=there, help="cpu, cuda or cuda:1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 Trust = Annotated[bool, typer.Option("--trust-code", help="Allow files that run code when they are opened.")]
 Weights = Annotated[str | None, typer.Option(metavar="FILE", help="Weights to put into what the factory builds.")]
@@ -72,7 +94,7 @@ MembersSpec = Annotated[
 OthersSpec = Annotated[
     str | None, typer.Option("--nonmembers", metavar="DATA", help="Images of the same kind that it was not trained on.")
 ]
-Out = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write.")]
+Out = Annotated[Path | None, typer.Option(metavar="FOLDER", callback=writable, help="Where to write.")]
 Effort = Annotated[Budget, typer.Option(help="How much effort to spend.")]
 
 
@@ -144,6 +166,17 @@ def held_out(images: Images, seed: int) -> tuple[Images, Images]:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.x.device)
     held = len(images) // 5
     return images[order[held:].sort().values], images[order[:held].sort().values]
+
+
+def several(images: Images) -> int:
+    """How many classes there are in a set to train on.
+
+    Raises:
+        BadInput: one alone.
+    """
+    if int(images.y.min()) == int(images.y.max()):
+        raise BadInput(f"{images.name}: all images are of class {int(images.y.max())}; to train takes two classes")
+    return int(images.y.max()) + 1
 
 
 def warned(target: Target, images: Images) -> list[str]:

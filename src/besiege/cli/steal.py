@@ -56,7 +56,7 @@ def steal(
     from besiege.core.method import configured, make, method
     from besiege.core.threat import INF, Ball
     from besiege.engine.extraction import steal as run
-    from besiege.targets.recipe import open_fit
+    from besiege.targets.recipe import open_fit, suits
 
     found = method(name, ("extraction",))
     given = o.chosen(option or [])
@@ -84,6 +84,8 @@ def steal(
         batch=batch,
         on_bad=on_bad,
     )
+    if not found.card.exact:
+        suits(recipe, victim.shape, victim.classes)
     o.warned(victim, judged)
     with terminal.progress() as bar:
         task = bar.add_task(str(chosen), total=int(chosen.arguments["queries"]))

@@ -93,8 +93,8 @@ class Images:
         return replace(self, maps=maps.long())
 
     def shared(self, other: Images) -> int:
-        """How many of these images ``other`` has too, pixel by pixel in 8 bits."""
-        mine, theirs = ([x.tobytes() for x in (part.x * 255).round().byte().cpu().numpy()] for part in (self, other))
+        """How many of these images ``other`` has too, to the last digit."""
+        mine, theirs = ([x.tobytes() for x in part.x.cpu().contiguous().numpy()] for part in (self, other))
         known = set(theirs)
         return sum(pixels in known for pixels in mine)
 

@@ -121,6 +121,8 @@ def steal(
     """
     agree(target, judged)
     stolen = extract(attack, target, pool, fit, seed=seed, progress=progress)
+    both = 0 if attack.card.exact else judged.shared(pool)
+    overlap = [f"{both} of the {len(judged)} images that judge are among those that it may ask about"] if both else []
     theirs, ours = target.scores(judged.x), stolen.model.scores(judged.x)
     said, copied = theirs.argmax(1), ours.argmax(1)
     n = len(judged)
@@ -176,18 +178,22 @@ def steal(
         first_alarm=monitor.first,
         alarm_rate_benign=benign.rate,
         seconds=stolen.seconds,
-        notes=[*target.notes, *pool.notes, *stolen.notes],
+        notes=[*target.notes, *pool.notes, *stolen.notes, *overlap],
     )
     return stolen, theft
 
 
 def _exact(target: Target) -> tuple[Target, tuple[str, ...]]:
-    """The target in float64: itself, a copy of its module, or its function asked in float64."""
+    """The target in float64: itself, a copy of its module, or its function asked in float64.
+
+    A module without weights, as an ONNX file with gradients is, is asked as a function is.
+    """
+    module = target.module
     if target.dtype == torch.float64:
         return target, ()
-    if target.module is None or target.call is not target.module:
+    if module is None or target.call is not module or next(module.parameters(), None) is None:
         return replace(target, dtype=torch.float64), ()
-    twin = copy.deepcopy(target.module).double()
+    twin = copy.deepcopy(module).double()
     note = f"{target.name} computes in {str(target.dtype).removeprefix('torch.')}; a copy of it in float64 was asked"
     return replace(target, module=twin, call=twin, dtype=torch.float64), (note,)
 
@@ -216,8 +222,14 @@ class _Book:
     def __call__(self, x: Tensor) -> Tensor | Answer:
         try:
             said = self.target.call(x)
-        except Exception as error:
-            if self.kept or x.dtype != torch.float64 or isinstance(error, BadInput):
+        except BadInput as error:
+            if float(x.min()) >= 0 and float(x.max()) <= 1:
+                raise
+            raise BadInput(
+                f"{error}; exact extraction asks about images beyond [0, 1], which it may not take"
+            ) from None
+        except Exception:
+            if self.kept or x.dtype != torch.float64:
                 raise
             raise BadInput(
                 f"{self.target.name} takes no images in float64, which exact extraction needs; give a torch module, an "

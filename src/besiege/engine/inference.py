@@ -31,6 +31,9 @@ from besiege.results.record import AccessName
 RATES = (0.001, 0.01)
 """The shares of false alarms at which members are counted."""
 
+FEWEST = 10
+"""So many members must there be, and so many others, that telling them apart says anything."""
+
 
 @dataclass(frozen=True)
 class Through:
@@ -61,6 +64,8 @@ def infer_membership(
     """
     images = _both(members, others)
     _fits(attack, target, images, None)
+    if knows.images is not None:
+        _fits(attack, target, knows.images, None)
     with ExitStack() as stack:
         if knows.folder is None:
             knows = replace(knows, folder=Path(stack.enter_context(tempfile.TemporaryDirectory())))
@@ -319,6 +324,15 @@ def _both(members: Images, others: Images) -> Images:
     """Members first, numbered through."""
     if members.shape != others.shape:
         raise BadInput(f"members are {members.shape} (c, h, w), but non-members {others.shape}")
+    if min(len(members), len(others)) < FEWEST:
+        raise BadInput(
+            f"{len(members)} members and {len(others)} non-members are too few to be told apart; give {FEWEST} of each"
+        )
+    both = others.shared(members)
+    if both:
+        raise BadInput(
+            f"{both} of the {len(others)} non-members are members too; give images that the target never learned from"
+        )
     x, y = torch.cat([members.x, others.x]), torch.cat([members.y, others.y])
     name = members.name if members.name == others.name else f"{members.name}, {others.name}"
     return Images(x, y, torch.arange(len(x), device=x.device), name, members.names)

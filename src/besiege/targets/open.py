@@ -62,7 +62,7 @@ def open_target(
             are no scores, classes or images that do not fit ``data``.
     """
     spec = spec or DEFAULT
-    where, size = _device(device), 64 if batch is None else batch
+    where, size = device_of(device), 64 if batch is None else batch
     if size < 1:
         raise BadInput(f"the batch must be at least 1 image, not {size}")
     kind, _, name = spec.partition(":")
@@ -309,7 +309,12 @@ def _code(where: str) -> Path:
     return Path(where) if where.endswith(".py") else Path(f"{where.replace('.', '/')}.py")
 
 
-def _device(device: torch.device | str) -> torch.device:
+def device_of(device: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        BadInput: it is not there.
+    """
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

@@ -28,6 +28,9 @@ REACH = 0.05
 NEAR = 2**-10
 """How near to the boundary, as a share of the way to the image, the points are asked for across it."""
 
+LEAST = 0.01
+"""A search that has not come nearer by this share loses patience."""
+
 BESIDES = 10
 """A step asks about so many questions besides those for the normal."""
 
@@ -46,12 +49,14 @@ def hopskipjump(
     orthogonal: bool = True,
     bands: int = 4,
     circle: bool = True,
+    patience: int = 700,
 ) -> Search:
     """Estimate the boundary's normal from ``probes`` random points, step along it, bisect back to the boundary.
 
     Step t of ``steps`` asks about ``probes * sqrt(t)`` points, at most ``most_probes`` (Chen et al. 2020).
 
-    Departs from the paper, whose method is ``starts=0, steps=64, probes=100, orthogonal=False, bands=1, circle=False``:
+    Departs from the paper, whose method is ``starts=0, steps=64, probes=100, orthogonal=False, bands=1, circle=False,
+    patience=0``:
 
     - it begins at the nearest of the image that the engine found and ``starts`` noise images;
     - the directions to the points are at right angles to each other rather than independent, so that they do not blur
@@ -61,14 +66,25 @@ def hopskipjump(
       2020, arXiv:2005.14137, choose one beforehand);
     - with ``circle``, in L2, the directions are at right angles to the way to the image, too, along which the normal is
       known; and the step goes along the circle through the image and the point on the boundary, on which the nearest
-      point of a flat boundary lies (Reza et al. 2023, arXiv:2308.03163).
+      point of a flat boundary lies (Reza et al. 2023, arXiv:2308.03163);
+    - after ``patience`` questions that brought it no hundredth nearer it begins anew from other noise; the nearest
+      image of all is what counts.
     """
     d, linf = x.numel(), ball.norm == INF
     theta, turning = 1 / (d * d if linf else d * math.sqrt(d)), circle and not linf
     adv = yield from bisect(x, (yield from nearest(x, start, starts, rng, linf)), NEAR if turning else theta, linf)
     every = _bands(x, bands)
     gains, angles, reached = [INF] * len(every), [0.3] * len(every), 0.0
-    for t in range(1, steps + 1):
+    t, held, asked = 0, _distance(adv - x, linf), 0
+    for _ in range(steps):
+        if patience and asked > patience:
+            fresh, asked = (yield from _fresh(x, starts, rng)), 0
+            if fresh is not None:
+                fresh = yield from nearest(x, fresh, starts, rng, linf)
+                adv = yield from bisect(x, fresh, NEAR if turning else theta, linf)
+                gains, angles, reached = [INF] * len(every), [0.3] * len(every), 0.0
+                t, held = 0, _distance(adv - x, linf)
+        t += 1
         k = rng.below(len(every)) if rng.below(10) == 0 else gains.index(max(gains))
         count = min(int(probes * math.sqrt(t)), most_probes, every[k].size if orthogonal else most_probes)
         draw = partial(every[k].drawn, rng=rng, orthogonal=orthogonal, linf=linf)
@@ -87,15 +103,21 @@ def hopskipjump(
             adv = yield from bisect(x, ahead, theta, linf)
         gain = math.log(max(far, 1e-30) / max(_distance(adv - x, linf), 1e-30)) / (count + BESIDES)
         gains[k] = gain if gains[k] == INF else (gains[k] + gain) / 2
+        asked += count + BESIDES
+        if _distance(adv - x, linf) < (1 - LEAST) * held:
+            held, asked = _distance(adv - x, linf), 0
+
+
+def _fresh(x: Tensor, starts: int, rng: Stream) -> Generator[Tensor, Tensor, Tensor | None]:
+    """An adversarial image of noise; None where none of ``starts`` is."""
+    noise = _noise(x, max(starts, 1), rng)
+    won = yield noise
+    return noise[won][0] if bool(won.any()) else None
 
 
 def nearest(x: Tensor, start: Tensor, starts: int, rng: Stream, linf: bool) -> Found:
-    """Of ``start`` and ``starts`` noise images, brought toward ``x`` all together, the one that stands the longest.
-
-    The noise comes in blocks of 1, 2, 4, … pixels in turn.
-    """
-    sizes = max(1, max(x.shape[1:]).bit_length() - 1)
-    away = torch.stack([start, *(_blocks(x, 1 << k % sizes, rng) for k in range(starts))]) - x
+    """Of ``start`` and ``starts`` noise images, brought toward ``x`` all together, the one that stands the longest."""
+    away = torch.cat([start[None], _noise(x, starts, rng)]) - x
     reach = away.flatten(1).abs().amax(1) if linf else away.flatten(1).norm(dim=1)
     low, high, radius, best = 0.0, 2 * float(reach[0]), float(reach[0]), start
     while starts and high - low > 0.02 * high:
@@ -110,6 +132,12 @@ def nearest(x: Tensor, start: Tensor, starts: int, rng: Stream, linf: bool) -> F
             low = radius
         radius = (low + high) / 2
     return best
+
+
+def _noise(x: Tensor, count: int, rng: Stream) -> Tensor:
+    """(count, c, h, w) images of noise, in blocks of 1, 2, 4, … pixels in turn."""
+    sizes = max(1, max(x.shape[1:]).bit_length() - 1)
+    return torch.stack([_blocks(x, 1 << k % sizes, rng) for k in range(count)]) if count else x.new_zeros(0, *x.shape)
 
 
 def _blocks(x: Tensor, side: int, rng: Stream) -> Tensor:

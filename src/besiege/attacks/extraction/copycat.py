@@ -45,7 +45,12 @@ def copycat(
     likeliest classes, or to the ``kcentre``, one after another what lies farthest in its features from all that was
     asked about (Pal et al. 2020, doi:10.1609/aaai.v34i01.5432). ``spare`` times as many textures are drawn to choose
     from. The paper fine-tunes a pretrained network; here what ``fit`` builds begins with fresh weights.
+
+    Raises:
+        BadInput: there is nothing to ask, or ``fit`` makes no torch module.
     """
+    if queries < 1:
+        raise BadInput("copycat: queries must be at least 1, not 0")
     stream, device = rng.stream(0), images.x.device
     wanted = queries * (spare if sampling != "random" else 1)
     parts = [images.x[rng.rand().argsort()]] if pool != "textures" else []

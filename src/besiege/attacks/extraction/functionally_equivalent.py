@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,9 @@ QUIET = 12
 
 NUDGE = 1e-4
 """How far either side of a hyperplane is looked, relative to where the point is."""
+
+DIGITS = 10
+"""Scores that have no more than so many are rounded."""
 
 
 @extraction("Functionally equivalent extraction", paper="arXiv:1909.01838", access=Access.SCORES, exact=True)
@@ -56,7 +61,8 @@ def functionally_equivalent(
     the outputs of both can seldom be chosen freely at once: there it stops.
 
     Raises:
-        NotRebuilt: the scores are rounded or not piecewise linear, or no line gave a network that agrees.
+        NotRebuilt: the scores are rounded or not piecewise linear, they stay as they are beyond some pixel values, or
+            no line gave a network that agrees.
     """
     shape = images.shape
     stream = rng.stream(0)
@@ -98,7 +104,7 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
 
 
 def _refuse(ask: Ask, shown: Tensor, stream: Stream) -> None:
-    """One sentence for answers that no exact method can work from: rounded, or curved.
+    """One sentence for answers that no exact method can work from: rounded, curved, or cut off outside of a box.
 
     Raises:
         NotRebuilt: they are.
@@ -106,7 +112,7 @@ def _refuse(ask: Ask, shown: Tensor, stream: Stream) -> None:
     start = _points(shown, 64, stream)
     step = 1e-3 * stream.randn(*start.shape).to(start)
     said = ask(torch.cat([start, start + step, start + 2 * step]))
-    if torch.equal(said, said.float().double()):
+    if _rounded(said):
         raise NotRebuilt("the scores are rounded, to float32 or coarser; exact extraction needs all digits of float64")
     first, second, third = said.split(len(start))
     bend = (first + third - 2 * second).abs().amax(1)
@@ -116,6 +122,16 @@ def _refuse(ask: Ask, shown: Tensor, stream: Stream) -> None:
             "the scores are not piecewise linear in the pixels, as logits of a dense ReLU network are; probabilities, "
             "rounded or smooth scores cannot be rebuilt from"
         )
+    corners = torch.where(start[:8] > 0.5, 4.0, -4.0).to(start)
+    near, far = ask(torch.cat([corners, -corners, 2 * corners, -2 * corners])).split(16)
+    if torch.equal(near, far):
+        raise NotRebuilt("pixels are cut off, so that beyond [0, 1] the scores stay as they are; it has to ask there")
+
+
+def _rounded(said: Tensor) -> bool:
+    """Whether all scores are numbers of float32, or of at most `DIGITS` decimal digits."""
+    last = said * 10.0 ** (DIGITS - math.ceil(math.log10(max(float(said.abs().amax()), 1e-200))))
+    return torch.equal(said, said.float().double()) or float((last - last.round()).abs().amax()) < 1e-3
 
 
 def _points(shown: Tensor, count: int, stream: Stream) -> Tensor:

@@ -46,11 +46,13 @@ def reconstruction(
     outer product of a residual and an image.
 
     Raises:
-        BadInput: there are no ``knows.images``, no answers to undo, or (``informed``) the scores are not linear in the
-            pixels.
+        BadInput: there are no ``knows.images``, no answers to undo, no epochs to learn in, or (``informed``) the scores
+            are not linear in the pixels.
     """
     if knows.images is None:
         raise BadInput("reconstruction works from images of the adversary's own and was given none")
+    if epochs < 1:
+        raise BadInput("reconstruction: epochs must be at least 1, not 0")
     if mode == "informed":
         return _left_out(oracle, knows.images, link, decay)
     if seen.shape[1:] != (oracle.classes,):
