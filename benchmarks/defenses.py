@@ -40,15 +40,15 @@ someone who does, through the defense (a network that was only trained otherwise
 rejection counts as a stop; clean images that it rejects count as lost. Intervals are Wilson's at 95 %. **Fallen**: at
 no more than twice the distance nine tenths as many images fall as before, or no difference shows; weakened: more fall
 than to the unknowing; else not refuted, which does not mean that it held. Attacks without a radius are judged at any
-distance. In one process on one thread: `{command}`. Trapdoors and the UAP rectifier against what they are there for
-are in [shields.md](shields.md), what training against one attack is worth against others in
-[train-test.md](train-test.md)."""
+distance. MagNet's autoencoders are those of its paper's MNIST network, which lose the images of CIFAR-10. In one
+process on one thread: `{command}`.
+Trapdoors and the UAP rectifier against what they are there for are in [shields.md](shields.md)."""
 
 SECTION = """
 ## {title}
 
-{n} test images. {network}; the input defenses are calibrated on {calibration:,} test images that are not attacked and
-stand before the undefended network.
+{n} test images. {network}; the input
+defenses are calibrated on {calibration:,} test images that are not attacked and stand before the undefended network.
 
 | defense | clean, before → after | FPR | answers take | attack | before | unknowing | knowing | 95 % \
 | rejected, then by knowing | AUC, then by knowing | L2, knowing over before | verdict |
@@ -280,7 +280,7 @@ def tried(keep: Path) -> list[Tried]:
 def main() -> None:
     """Measure, and with --write make the page and the map."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.defenses", description=__doc__)
-    parser.add_argument("fields", nargs="*", choices=tuple(FIELDS))
+    parser.add_argument("fields", nargs="*", metavar="FIELD", help=f"of {', '.join(FIELDS)}")
     parser.add_argument("-n", "--images", type=int, default=100)
     parser.add_argument("--only", action="append", help="this defense alone; repeatable")
     parser.add_argument("--keep", type=Path, required=True, help="a folder for checkpoints and records")

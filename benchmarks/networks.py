@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
 from besiege.core.target import Target
+from besiege.embedded.recipes import resnet9
 
 
 def folder() -> Path:
@@ -140,6 +141,13 @@ def bench(network: str, n: int) -> tuple[Target, Images]:
     x = x.float() / 255 if x.dtype == torch.uint8 else x
     images = Images.of(x, torch.from_numpy(file["y"]), name=f"bench-{network}")[:n]
     return Target.of(build(), classes=10, shape=images.shape, name=network, batch=128), images
+
+
+def cifar10_fast_at() -> nn.Module:
+    """The ResNet-9 that ``python -m benchmarks.defenses cifar10`` trained by fast adversarial training, at 8/255."""
+    module = resnet9((3, 32, 32), 10, width=24)
+    module.load_state_dict(load_file(Path(__file__).parent / "weights" / "cifar10_fast_at.safetensors"))
+    return module.eval()
 
 
 class SmallCNN(nn.Module):
