@@ -138,7 +138,7 @@ def test_what_one_part_has_found_is_where_the_next_begins() -> None:
     begun, lost = find_starts(meter, Rng.of(0, images.index, "noise"), None)
     assert torch.equal(begun[:4], first.adv[:4]) and meter.forward[:4].tolist() == [1] * 4
     assert bool((meter.forward[4:] >= 1).all()) and len(lost) == 0
-    alone, both = fire(hopskipjump(), 2, queries=200), fire(deepfool() | hopskipjump(), 2, queries=200)
+    alone, both = fire(hopskipjump(), 2, queries=80), fire(deepfool() | hopskipjump(), 2, queries=80)
     assert float(both.distance.median()) < 0.8 * float(alone.distance.median())
 
 
