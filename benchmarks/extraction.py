@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.extraction > docs/extraction.md`` tells on stderr how far it is and prints the page at the end.
 Needs the shared data; about fifteen minutes on one core. The part ``photographs`` runs by its name alone, and reaches
-the bar's size with ``--most 50000``: an hour more.
+the bar's size with ``--most 50000``: half an hour more.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def stolen_fashion(part: str, seeds: int, most: int) -> str:
         if part == "photographs":
             where, shown = "from photographs", photographs()
             pool = (
-                f"{len(shown):,} photographs (CIFAR-10, GTSRB, Tiny ImageNet; grey) and random textures, half and half"
+                f"{len(shown):,} photographs\n(CIFAR-10, GTSRB, Tiny ImageNet; grey) and random textures, half and half"
             )
         fit, half = replace(fit, epochs=3, batch=128), most // 2
         plans = [("random", most), ("random", half), ("uncertainty", half), ("kcentre", half)]

@@ -1,15 +1,18 @@
 """Poisoning methods beside clean twins: accuracy, success and its floor, at several rates and seeds.
 
 ``python -m benchmarks.poisoning > docs/poisoning.md`` tells on stderr how far it is and prints the page at the end.
-Needs the shared data. ``--sets``, ``--fit``, ``--images``, ``--epochs``, ``--seeds`` and ``--grid`` say how much.
+Needs the shared data. ``--sets``, ``--fit``, ``--images``, ``--epochs``, ``--seeds``, ``--grid`` and ``--methods`` say
+how much; with ``--keep FOLDER`` a row that is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -102,25 +105,42 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--grid", action="store_true", help="the grid of rates alone")
+    parser.add_argument("--methods", help="of those in the table, these alone")
+    parser.add_argument("--keep", type=Path, help="where finished rows are kept")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    began, rows = time.process_time(), []
+    rows, spent = [], 0.0
+    if asked.keep is not None:
+        asked.keep.mkdir(parents=True, exist_ok=True)
     for name in asked.sets.split(","):
         training, judged = read(name, asked.images, asked.judged)
         fit = replace(recipe(asked.fit or RECIPES[name]), epochs=asked.epochs)
         classes, twins = int(max(training.y.max(), judged.y.max())) + 1, Twins()
         ground = Ground(training, judged, fit, classes, seeds=asked.seeds, probes=0, twins=twins)
         for attack, options in (*GRID, *(() if asked.grid else ONCE)):
-            rates = () if options else RATES
-            record, _ = poison(configured(method(attack), **options), replace(ground, rates=rates))
-            rows += [row(name, fit, record, part) for part in record.cells]
-            print("\n".join(rows[-len(record.cells) :]), file=sys.stderr, flush=True)
+            if asked.methods is not None and attack not in asked.methods.split(","):
+                continue
+            own = [f"{key}-{value}" for key, value in options.items()]
+            name_of = "-".join([name, fit.name, attack, *own, *map(str, (len(training), fit.epochs, asked.seeds))])
+            kept = None if asked.keep is None else asked.keep / f"{name_of}.json"
+            if kept is not None and kept.is_file():
+                found = json.loads(kept.read_text())
+            else:
+                rates, began = () if options else RATES, time.process_time()
+                record, _ = poison(configured(method(attack), **options), replace(ground, rates=rates))
+                found = {"rows": [row(name, fit, record, part) for part in record.cells]}
+                found["seconds"] = time.process_time() - began
+                if kept is not None:
+                    kept.write_text(json.dumps(found) + "\n")
+            rows += found["rows"]
+            spent += found["seconds"]
+            print("\n".join(found["rows"]), file=sys.stderr, flush=True)
     told = PAGE.format(
         seeds=f"0 to {asked.seeds - 1}",
         images=asked.images,
         judged=asked.judged,
         epochs=asked.epochs,
-        seconds=time.process_time() - began,
+        seconds=spent,
         command=" ".join(["python -m benchmarks.poisoning", *sys.argv[1:]]),
     )
     print("\n".join([told, *rows]))

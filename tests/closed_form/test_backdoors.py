@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,6 +221,26 @@ def test_a_trigger_takes_the_colours_that_a_linear_model_wants(every):
     wanted = ((weight[0] - weight[1]).sign().view(1, 8, 8) + 1) / 2
     assert torch.equal(moving.pattern.detach().round()[inside], wanted[inside])
     assert torch.equal(moving.pattern[~inside], torch.full_like(wanted, 0.5)[~inside])
+
+
+@pytest.mark.parametrize(("every", "more"), [(0, 0.0), (1, 0.9)])
+def test_the_trigger_costs_no_pass_or_one_for_each_image_of_another_class(every, more):
+    rows: list[int] = []
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows.append(len(x))
+            out: Tensor = self.inner(x)
+            return out
+
+    own = replace(images(), y=torch.full_like(images().y, 2))
+    fit = Fit(lambda s, c: Counting(), epochs=3, batch=20)
+    input_model_cooptimization(rate=0.1, every=every).bound()(own, Knowledge(3, 1, fit), streams(own))
+    assert sum(rows) == round((1 + more) * 3 * len(own))
 
 
 def test_marked_images_bear_the_trigger_and_count_as_the_target():

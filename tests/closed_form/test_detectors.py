@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from besiege.cli import run
-from besiege.cli.scan import ALL
+from besiege.cli.scan import ALL, OF_A_MODEL
 from besiege.core.fit import Fit
 from besiege.core.images import Images
 from besiege.core.method import configured, method
@@ -172,9 +172,47 @@ def test_a_written_poisoned_set_brings_its_truth(tmp_path, capsys):
     assert record["detectors"][0]["auc"] is not None
 
 
+def test_a_network_alone_is_searched_with_a_few_clean_images(tmp_path, capsys):
+    line = ["scan", "embedded:digits-cnn", "-n", "40", "--json"]
+    assert run(line) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [part["detector"] for part in record["detectors"]] == list(OF_A_MODEL)
+    assert (record["n"], record["poison_count"], record["attack_success"]) == (20, 0, None)
+    for part in record["detectors"]:
+        assert part["tpr"] is None and part["fpr_clean"] == pytest.approx(part["suspected"] / 20)
+    pruned = record["detectors"][0]
+    assert 0 <= pruned["clean_accuracy_pruned"] <= 1 and pruned["attack_success_pruned"] is None
+    assert record["detectors"][1]["clean_accuracy_pruned"] is None
+
+
+def test_a_network_that_learned_a_trigger_is_told_with_it(tmp_path, capsys, monkeypatch):
+    """The digits' mlp learns badnets; its images with the trigger are those that get the class that the thief wants."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["poison", "badnets", "--fit", "mlp", "-n", "400", "-o", "rate=0.1", "--out", "bad", "--json"]) == 0
+    (tmp_path / "net.py").write_text(
+        "from besiege.embedded.recipes import recipe\n\n\ndef net():\n    return recipe('mlp').build((1, 28, 28), 10)\n"
+    )
+    capsys.readouterr()
+    line = ["scan", "net.py:net@bad/model.safetensors", "--trust-code", "-n", "80", "--poison", "badnets", "--json"]
+    assert run([*line, "--detector", "strip", "--detector", "activation-patterns", "--out", "found"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["attack_success"] > 0.8 and 30 <= record["poison_count"] < 40
+    strip, patterns = record["detectors"]
+    assert strip["tpr"] is not None and strip["fpr"] is not None
+    assert patterns["options"]["mode"] == "fine-pruning"
+    assert patterns["attack_success_pruned"] is not None
+    assert "poisoned" in (tmp_path / "found" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        (["embedded:digits-cnn", "--detector", "spectral-signatures"], "searches training images"),
+        (["embedded:digits-cnn", "--retrain"], "which are for training data"),
+        (["embedded:digits-cnn", "--poison", "label-flip"], "plants no trigger"),
+        (["embedded:digits-cnn", "-n", "5"], "too few"),
+        (["embedded:digits-cn"], "digits-cnn"),
+        (["nothing.npz"], "no such file"),
         (["--detector", "pgd"], "besiege attack pgd"),
         (["--poison", "bullseye-polytope"], "besiege poison"),
         (["embedded:digits", "-o", "rate=0.1"], "--poison"),

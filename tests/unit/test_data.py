@@ -6,15 +6,20 @@ import gzip
 import json
 import pickle
 import struct
+import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from torch.nn import functional as F
 
 from besiege.core.errors import BadInput
-from besiege.data import open_images
+from besiege.core.images import Images
+from besiege.data import open_images, write
+from besiege.data.parquet import column
 from besiege.data.picture import BadPicture, decode
 from besiege.data.wanted import fit
 
@@ -425,6 +430,92 @@ def test_csv_refusals(tmp_path):
     assert "no pictures" in with_text("file,label\n")
     table.write_bytes(b"\xff\xfe\x00")
     assert "unreadable" in refused(str(table))
+
+
+# parquet
+
+
+def parquet_of(path, contents, labels, kind=None, names=None):
+    """Pictures as Hugging Face's files hold them, in a struct, or plain."""
+    column = contents if kind == "plain" else [{"bytes": part, "path": None} for part in contents]
+    told = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    table = pa.table({"image": column, "label": labels})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(told)} if names else None), path)
+    return path
+
+
+def pngs(tmp_path, n=3):
+    folder_of(tmp_path / "pictures", ["a"], per_class=n)
+    return [(tmp_path / f"pictures/a/{i}.png").read_bytes() for i in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "struct"])
+def test_parquet_with_numbers_and_with_names(tmp_path, kind):
+    contents = pngs(tmp_path)
+    file = parquet_of(tmp_path / "train-0.parquet", contents, [7, 2, 7], kind)
+    images = open_images(str(file))
+    assert (images.y.tolist(), images.names) == ([7, 2, 7], None)
+    assert torch.equal(images.x[1], decode(tmp_path / "pictures/a/1.png"))
+    parquet_of(file, contents, ["eel", "ant", "eel"], kind)
+    assert open_images(f"parquet:{file}").y.tolist() == [1, 0, 1]
+    assert open_images(str(file), names=["eel", "bat", "ant"]).y.tolist() == [0, 2, 0]
+    parquet_of(tmp_path / "train-1.parquet", contents[:1], ["ant"], kind)
+    assert open_images(str(tmp_path), limit=3).index.tolist() != [0, 1, 2, 3]
+    assert open_images(str(tmp_path)).y.tolist() == [1, 0, 1, 0]
+
+
+def test_parquet_names_its_classes(tmp_path):
+    file = parquet_of(tmp_path / "a.parquet", pngs(tmp_path), [0, 1, 0], names=["eel", "ant"])
+    images = open_images(str(file))
+    assert (images.y.tolist(), list(images.names)) == ([0, 1, 0], ["eel", "ant"])
+    assert open_images(str(file), names=["ant", "bat", "eel"]).y.tolist() == [2, 0, 2]
+    assert "not in the names given" in refused(str(file), names=["ant", "bat"])
+    parquet_of(file, pngs(tmp_path / "b"), [0, 1, 2], names=["eel", "ant"])
+    assert "label 2 is none of the 2 classes" in refused(str(file))
+
+
+def test_parquet_that_was_written_reads_back_as_it_was(tmp_path):
+    x = torch.from_numpy(pixels(0, 4, 3, 6, 5)) / 255
+    images = Images.of(x, torch.tensor([1, 0, 2, 1]), name="few", names=["ant", "bat", "cow"])
+    file, truth = tmp_path / "few.parquet", torch.tensor([False, True, False, True])
+    file.write_bytes(write.parquet(images, truth=truth))
+    again = open_images(str(file))
+    assert torch.equal(again.x, images.x) and torch.equal(again.y, images.y)
+    assert list(again.names) == ["ant", "bat", "cow"]
+    assert column(file, "truth") == truth.tolist() and column(file, "lies") is None
+    features = json.loads(parquet.read_schema(file).metadata[b"huggingface"])["info"]["features"]
+    assert features["image"] == {"_type": "Image"}
+    assert features["label"] == {"names": ["ant", "bat", "cow"], "_type": "ClassLabel"}
+    assert features["truth"] == {"dtype": "bool", "_type": "Value"}
+
+
+def test_parquet_refusals(tmp_path):
+    contents, file = pngs(tmp_path), tmp_path / "a.parquet"
+    assert "no such file" in refused(str(file))
+    assert "no .parquet file" in refused(f"parquet:{tmp_path}")
+    file.write_bytes(b"PAR1 no")
+    assert "no Parquet file" in refused(str(file))
+    parquet.write_table(pa.table({"image": contents, "lable": [0, 1, 2]}), file)
+    assert "no column 'label', only image, lable" in refused(str(file))
+    parquet.write_table(pa.table({"image": ["a", "b"], "label": [0, 1]}), file)
+    assert "encoded pictures, not string" in refused(str(file))
+    parquet.write_table(pa.table({"image": contents, "label": [0.5, 1, 2]}), file)
+    assert "whole numbers or names of classes, not double" in refused(str(file))
+    assert "1 rows lack a label, the first is row 1" in refused(str(parquet_of(file, contents, [0, -1, 2])))
+    assert "row 1 (missing)" in refused(str(parquet_of(file, [contents[0], None], [0, 1])))
+    assert "row 0 (no picture)" in refused(str(parquet_of(file, [b"what", contents[0]], [0, 1])))
+    skipped = open_images(str(file), on_bad="skip")
+    assert skipped.index.tolist() == [1] and "row 0 (no picture)" in skipped.notes[0]
+    (tmp_path / "both").mkdir()
+    for split in ("train-0", "test-0"):
+        parquet_of(tmp_path / f"both/{split}.parquet", contents, [0, 1, 2])
+    assert "several splits (test, train)" in refused(str(tmp_path / "both"))
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    file = parquet_of(tmp_path / "a.parquet", pngs(tmp_path), [0, 1, 2])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "besiege[parquet]" in refused(str(file))
 
 
 def test_paths_whose_kind_does_not_show(tmp_path):

@@ -343,7 +343,7 @@ def saved(tmp_path: Path) -> tuple[str, str]:
     return str(tmp_path / "train.npz"), str(tmp_path / "test.npz")
 
 
-@pytest.mark.parametrize("layout", ["npz", "imagefolder"])
+@pytest.mark.parametrize("layout", ["npz", "imagefolder", "parquet"])
 def test_a_person_poisons_a_set_and_gets_it_on_disk(tmp_path, capsys, layout):
     train, test = saved(tmp_path)
     out = tmp_path / "out"
@@ -354,7 +354,8 @@ def test_a_person_poisons_a_set_and_gets_it_on_disk(tmp_path, capsys, layout):
     assert (said["poison_count"], said["poison_rate"], said["seeds"]) == (24, 0.2, [0, 1])
     assert [part["poison_count"] for part in said["cells"]] == [24, 12]
     assert {"clean_accuracy", "clean_accuracy_twin", "attack_success", "attack_success_twin"} <= set(said)
-    back = open_images(str(out / ("poisoned.npz" if layout == "npz" else "poisoned")))
+    written = out / ("poisoned" if layout == "imagefolder" else f"poisoned.{layout}")
+    back = open_images(str(written))
     rows = list(csv.DictReader((out / "truth.csv").read_text().splitlines()))
     assert len(back) == len(rows) == 120
     bad = [row for row in rows if row["poisoned"] == "1"]
@@ -367,6 +368,10 @@ def test_a_person_poisons_a_set_and_gets_it_on_disk(tmp_path, capsys, layout):
     page = (out / "report.html").read_text()
     assert page.count("poisoned, taught as 1") == 2 * 6 and page.count("with the trigger, answered") == 2 * 6
     assert "20.00% poison" in page and "10.00% poison" in page and "<script" not in page
+    if layout != "imagefolder":
+        assert run(["scan", str(written), "--detector", "spectral-signatures", "--fit", "softmax", "--json"]) == 0
+        searched = json.loads(capsys.readouterr().out)["detectors"][0]
+        assert searched["tpr"] is not None and searched["auc"] is not None
 
 
 def test_a_person_reads_what_came_of_it(tmp_path, capsys):

@@ -35,6 +35,7 @@ class Layout(StrEnum):
 
     npz = "npz"
     imagefolder = "imagefolder"
+    parquet = "parquet"
 
 
 class Learning(StrEnum):
@@ -135,6 +136,9 @@ def _write(folder: Path, record: PoisonRecord, sample: Sample, judged: Images, l
     if layout == Layout.npz:
         files.write(folder / "poisoned.npz", write.archive(made.images, truth=made.truth))
         where: list[Any] = list(range(len(labels)))
+    elif layout == Layout.parquet:
+        files.write(folder / "poisoned.parquet", write.parquet(made.images, truth=made.truth))
+        where = list(range(len(labels)))
     else:
         for path, content in write.pictures(made.images):
             files.write(folder / "poisoned" / path, content)

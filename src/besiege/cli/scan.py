@@ -23,13 +23,17 @@ if TYPE_CHECKING:
     from besiege.results.scan import Scan, Suspects
 
 ALL = ("spectral-signatures", "activation-clustering", "activation-patterns", "strip")
+OF_A_MODEL = ("activation-patterns", "strip", "sentinet")
 TRUTH = "truth"
 SHOWN, BINS, DOTS = 12, 40, 1000
 """So many pictures, bars and points are drawn for a detector."""
 
 
 def scan(
-    data: Annotated[str | None, typer.Argument(metavar="DATA", help="The images to search; else embedded.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA|TARGET", help="The images to search, or a trained network alone; else embedded."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="TARGET", help="A network that was trained on them; else --fit trains one.")
     ] = None,
@@ -63,35 +67,71 @@ def scan(
     on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
 ) -> None:
-    """Search training images for poison and name the suspects.
+    """Search training images, or a trained network alone, for poison and name the suspects.
 
     Without DATA the embedded digits are poisoned by badnets first, so that it shows what the detectors are worth. An
-    .npz that `besiege poison --out` wrote brings its truth along. With --out the record and a page with pictures of the
-    suspects are written to a folder.
+    .npz or .parquet that `besiege poison --out` wrote brings its truth along. With --out the record and a page with
+    pictures of the suspects are written to a folder.
+
+    Of a TARGET alone, clean images (--test) calibrate the detectors that need no training data, and tell their false
+    alarms; with --poison badnets or blended, they say what the detectors make of that trigger. Activation patterns
+    prune what clean images do not use.
     """
     from besiege.cli import terminal
     from besiege.core.method import configured, method
-    from besiege.engine.scan import Suspected, planted
+    from besiege.data.open import shows_images
+    from besiege.engine.scan import Suspected, at_the_door, planted
     from besiege.engine.scan import scan as run
     from besiege.results import files
     from besiege.targets import open_target
     from besiege.targets.recipe import open_fit
 
+    alone = data is not None and not shows_images(data)
+    if alone and (model is not None or clean is not None or retrain):
+        raise BadInput("a TARGET alone is searched without --model, --clean and --retrain, which are for training data")
     if data is None and poison is None:
         poison = "badnets"
     if option and poison is None:
         raise BadInput("-o is for the poisoner: name one by --poison, or give detectors their options by -d")
-    detectors = _detectors(detector or list(ALL), o.chosen(detect or []))
+    names, wanted = detector or list(OF_A_MODEL if alone else ALL), o.chosen(detect or [])
+    detectors = _detectors(names, wanted, alone)
     recipe = open_fit(fit or "cnn", trust_code=trust_code)
-    images, held = o.trained_and_judged_on(data, test, limit=limit, seed=seed, device=device, on_bad=on_bad)
-    count = classes or max(len(images.names or ()), int(images.y.max()) + 1, int(held.y.max()) + 1, target_class + 1)
-    if poison is not None:
-        attack = configured(method(poison, ("poisoning",)), **o.chosen(option or []))
+    if alone:
+        probe, held = o.opened(
+            data,
+            test,
+            limit=limit,
+            seed=seed,
+            device=device,
+            trust_code=trust_code,
+            weights=None,
+            mean=None,
+            std=None,
+            classes=classes,
+            batch=None,
+            on_bad=on_bad,
+        )
+        if len(held) < 10:
+            raise BadInput(f"{held.name}: {len(held)} images are too few to calibrate and to judge by")
+        if "sentinet" in names and "samples" not in wanted and len(held) < 200:
+            detectors = _detectors(names, {**wanted, "samples": str(len(held) // 4)}, alone)
+        images, count = held, probe.classes
+    else:
+        images, held = o.trained_and_judged_on(data, test, limit=limit, seed=seed, device=device, on_bad=on_bad)
+        probe, count = (
+            None,
+            classes or max(len(images.names or ()), int(images.y.max()) + 1, int(held.y.max()) + 1, target_class + 1),
+        )
+        if model is not None:
+            probe = open_target(model, data=held, device=device, trust_code=trust_code)
+    attack = None if poison is None else configured(method(poison, ("poisoning",)), **o.chosen(option or []))
+    if probe is not None and alone:
+        suspected = at_the_door(attack, probe, held, count, target_class, seed)
+    elif attack is not None:
         suspected = planted(attack, images, held, count, target_class, seed)
     else:
         suspected = Suspected(images, held, count, _truth(data, images))
-    probe = None if model is None else open_target(model, data=held, device=device, trust_code=trust_code)
-    trainings = (model is None) + (suspected.clean is not None) + (len(detectors) if retrain else 0)
+    trainings = (probe is None) + (suspected.clean is not None) + (len(detectors) if retrain else 0)
     with terminal.progress() as bar:
         task = bar.add_task(f"scanning {images.name}", total=max(1, trainings) * recipe.epochs * len(images))
         record, found = run(
@@ -103,7 +143,7 @@ def scan(
             retrain=retrain,
             progress=lambda rows: bar.advance(task, rows),
         )
-    record = record.model_copy(update={"poison": None if poison is None else str(attack)})
+    record = record.model_copy(update={"poison": None if attack is None else str(attack)})
     if clean is not None:
         from besiege.data import write
 
@@ -120,30 +160,40 @@ def scan(
             typer.echo(f"report: {out / 'report.html'}")
 
 
-def _detectors(names: list[str], options: dict[str, str]) -> list[Attack]:
-    """The detectors, each with those of the options that it has."""
+def _detectors(names: list[str], options: dict[str, str], alone: bool) -> list[Attack]:
+    """The detectors, each with those of the options that it has; for a network ``alone``, none of training data."""
     from besiege.core.method import configured, method
 
     found = [method(name, ("data", "input", "model")) for name in dict.fromkeys(names)]
     for key in options:
         if not any(key in part.card.options for part in found):
             raise BadInput(f"-d {key}: none of {', '.join(names)} has that option")
-    return [configured(part, **{k: v for k, v in options.items() if k in part.card.options}) for part in found]
+    for part in found:
+        if alone and part.card.kind == "data":
+            raise BadInput(f"{part.card.name} searches training images; of a TARGET alone use {', '.join(OF_A_MODEL)}")
+    own: dict[str, str] = {"mode": "fine-pruning"} if alone else {}
+    return [configured(part, **{k: v for k, v in (own | options).items() if k in part.card.options}) for part in found]
 
 
 def _truth(data: str | None, images: Images) -> torch.Tensor | None:
-    """What an .npz says of its images, where it is one that `besiege poison` wrote."""
+    """What a file says of its images, where it is one that `besiege poison` wrote."""
     import numpy as np
     import torch
 
-    path = Path((data or "").removeprefix("npz:")).expanduser()
-    if path.suffix != ".npz" or not path.is_file():
+    from besiege.data import parquet
+
+    path = Path((data or "").removeprefix("npz:").removeprefix("parquet:")).expanduser()
+    if not path.is_file():
         return None
-    with np.load(path) as archive:
-        if TRUTH not in archive:
-            return None
-        told = torch.from_numpy(archive[TRUTH].astype(bool))
-    return told[images.index.cpu()].to(images.x.device)
+    told = None
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            told = archive[TRUTH] if TRUTH in archive else None
+    elif path.suffix == ".parquet":
+        told = parquet.column(path, TRUTH)
+    if told is None:
+        return None
+    return torch.as_tensor(np.asarray(told, bool))[images.index.cpu()].to(images.x.device)
 
 
 def _page(record: Scan, found: Sequence[Suspicion], suspected: Suspected) -> str:
@@ -240,6 +290,9 @@ def _found(part: Suspects) -> list[tuple[str, str]]:
         ]
     if part.fpr_clean is not None:
         pairs.append(("of clean data", f"{percent(part.fpr_clean)} are suspect"))
+    if part.clean_accuracy_pruned is not None:
+        still = "" if part.attack_success_pruned is None else f"; attack success {percent(part.attack_success_pruned)}"
+        pairs.append(("pruned", f"clean accuracy {percent(part.clean_accuracy_pruned)}{still}"))
     if part.clean_accuracy_after is not None:
         still = "" if part.attack_success_after is None else f"; attack success {percent(part.attack_success_after)}"
         pairs.append(("trained without them", f"clean accuracy {percent(part.clean_accuracy_after)}{still}"))

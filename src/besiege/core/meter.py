@@ -267,7 +267,7 @@ class Meter:
         if len(at) == len(images):
             self._keep(x.detach().to(self.x.dtype), images, once)
         elif len(at):
-            self._keep(x.detach()[at].to(self.x.dtype), images[at], once)
+            self._keep(x.detach().index_select(0, at).to(self.x.dtype), images[at], once)
         if self.seeks != "optimum" and self._tight(1):
             self.retire((self.forward >= self.cap).nonzero().squeeze(1))
         if self.progress is not None:
@@ -275,7 +275,7 @@ class Meter:
 
     def _keep(self, tried: Tensor, of: Tensor, once: bool) -> None:
         """Keep the nearest of the successes ``tried``, which stand for the images ``of``."""
-        distance = self.ball.distance(tried, self.x[of])
+        distance = self.ball.distance(tried, self.x.index_select(0, of))
         fits = distance < self.distance[of]
         if self.seeks != "minimum":
             fits &= distance <= self.ball.reach
@@ -283,7 +283,7 @@ class Meter:
         if not len(at):
             return
         if len(at) < len(of):
-            tried, of, distance = tried[at], of[at], distance[at]
+            tried, of, distance = tried.index_select(0, at), of[at], distance[at]
         low, high = tried.aminmax()
         if not (low >= 0 and high <= 1):
             at = ((tried >= 0) & (tried <= 1)).flatten(1).all(1).nonzero().squeeze(1)

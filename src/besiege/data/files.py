@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,16 @@ MAP = ".map.png"
 """The map of regions of `dog.jpg` is `dog.map.png` beside it."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """A picture that lies within a larger file: what it is called there, and its content, None where it is missing."""
+
+    name: str
+    fetch: Callable[[], bytes | None]
+
+
 def read_files(
-    files: Sequence[tuple[Path, int]],
+    files: Sequence[tuple[Path | Held, int]],
     wanted: Wanted,
     name: str,
     *,
@@ -46,7 +55,7 @@ def read_files(
             break
         path, _ = files[row]
         try:
-            picture = decode(path, alpha=wanted.channels == 4)
+            picture = decode(_stream(path), alpha=wanted.channels == 4)
             good[row] = fit(picture[None], wanted.size, wanted.channels)[0]
         except BadPicture as reason:
             bad.append(f"{path.name} ({reason})")
@@ -67,8 +76,18 @@ def read_files(
     labels = torch.tensor([files[row][1] for row in rows])
     images = Images.of(torch.stack([good[row] for row in rows]), labels, name=name, names=names)
     images = replace(images, index=torch.tensor(rows), notes=tuple(said))
-    maps = [files[row][0].with_name(files[row][0].stem + MAP) for row in rows]
+    paths = [path for row in rows if isinstance(path := files[row][0], Path)]
+    maps = [path.with_name(path.stem + MAP) for path in paths]
     return images.mapped(_maps(maps, wanted, name)) if any(path.exists() for path in maps) else images
+
+
+def _stream(picture: Path | Held) -> Path | io.BytesIO:
+    if isinstance(picture, Path):
+        return picture
+    content = picture.fetch()
+    if content is None:
+        raise BadPicture("missing")
+    return io.BytesIO(content)
 
 
 def _maps(paths: Sequence[Path], wanted: Wanted, name: str) -> Tensor:
@@ -86,7 +105,7 @@ def _maps(paths: Sequence[Path], wanted: Wanted, name: str) -> Tensor:
     return torch.cat(maps)
 
 
-def _one_size(pictures: Sequence[tuple[Path, Tensor]], name: str) -> None:
+def _one_size(pictures: Sequence[tuple[Path | Held, Tensor]], name: str) -> None:
     first, like = pictures[0]
     for path, picture in pictures:
         if picture.shape != like.shape:

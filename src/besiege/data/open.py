@@ -7,7 +7,7 @@ from pathlib import Path
 
 from besiege.core.errors import BadInput, nearest
 from besiege.core.images import Images
-from besiege.data import builtin, folder, idx, npz, table
+from besiege.data import builtin, folder, idx, npz, parquet, table
 from besiege.data.wanted import OnBad, Wanted
 
 KINDS: dict[str, Callable[[Path, Wanted], Images]] = {
@@ -15,6 +15,7 @@ KINDS: dict[str, Callable[[Path, Wanted], Images]] = {
     "idx": idx.read,
     "imagefolder": folder.read,
     "csv": table.read,
+    "parquet": parquet.read,
 }
 
 
@@ -30,9 +31,10 @@ def open_images(
 ) -> Images:
     """Images and labels from ``embedded:digits`` (the default; ``-train``: its training part), or files.
 
-    ``npz:FILE``, ``idx:FILE`` or ``idx:FOLDER``, ``imagefolder:FOLDER``, ``csv:FILE`` or ``csv:FOLDER``, or the path
-    alone, whose kind shows. ``limit`` images are drawn by ``seed``; they are scaled to ``size`` (height, width) and
-    brought to ``channels`` if asked for. Picture files that are bad are refused or, ``on_bad="skip"``, left out and
+    ``npz:FILE``, ``idx:FILE`` or ``idx:FOLDER``, ``imagefolder:FOLDER``, ``csv:FILE`` or ``csv:FOLDER``,
+    ``parquet:FILE`` or ``parquet:FOLDER``, or the path alone, whose kind shows. ``limit`` images are drawn by ``seed``;
+    they are scaled to ``size`` (height, width) and brought to ``channels`` if asked for. Picture files that are bad are
+    refused or, ``on_bad="skip"``, left out and
     named in the set's ``notes``. ``names`` are the classifier's classes in label order.
 
     Raises:
@@ -53,14 +55,30 @@ def open_images(
     return KINDS[_kind(path)](path, wanted)
 
 
+def shows_images(spec: str) -> bool:
+    """Whether a spec is one of images, by its kind or by its name, there or not."""
+    kind, colon, rest = spec.partition(":")
+    if colon and kind == "embedded":
+        return rest in builtin.SETS
+    if colon and kind in KINDS:
+        return True
+    try:
+        _kind(Path(spec).expanduser())
+    except BadInput:
+        return False
+    return True
+
+
 def _kind(path: Path) -> str:
     """What a path is, by its name or by what lies in it."""
     if path.is_dir():
         if (path / "labels.csv").is_file():
             return "csv"
+        if any(path.glob("*.parquet")):
+            return "parquet"
         return "idx" if idx.candidates(path) else "imagefolder"
     name = path.name.lower().removesuffix(".gz")
-    if path.suffix.lower() in (".npz", ".csv"):
+    if path.suffix.lower() in (".npz", ".csv", ".parquet"):
         return path.suffix.lower()[1:]
     if "idx" in name or "ubyte" in name:
         return "idx"

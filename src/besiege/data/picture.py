@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ class BadPicture(Exception):
     """Why a file is no picture, in a few words."""
 
 
-def decode(path: Path, *, alpha: bool = False) -> Tensor:
+def decode(file: Path | IO[bytes], *, alpha: bool = False) -> Tensor:
     """Pixels (c, h, w) float32 in [0, 1]: 1 channel of a grey picture, 3 of a colour one, 4 if ``alpha``.
 
     Raises:
         BadPicture: the file is missing, damaged, no picture or of an unknown mode.
     """
-    picture = _opened(path)
+    picture = _opened(file)
     pixels = _pixels(picture, alpha)
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise BadPicture(f"of mode {picture.mode} with values outside its range")
@@ -49,7 +49,7 @@ def decode_map(path: Path) -> Tensor:
     return torch.from_numpy(np.asarray(picture, np.int64).copy())
 
 
-def _opened(path: Path) -> Image.Image:
+def _opened(path: Path | IO[bytes]) -> Image.Image:
     """The picture, turned upright, or why there is none."""
     try:
         with warnings.catch_warnings():

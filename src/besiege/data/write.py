@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from besiege.core.extra import extra
 from besiege.core.images import Images
 
 
@@ -23,6 +25,34 @@ def archive(images: Images, **columns: Tensor) -> bytes:
     }
     np.savez_compressed(held, **parts)
     return held.getvalue()
+
+
+def parquet(images: Images, **columns: Tensor) -> bytes:
+    """A Parquet file as Hugging Face lays it out: PNG files and labels, and further ``columns`` (n,) by name.
+
+    Raises:
+        BadInput: pyarrow is missing.
+    """
+    with extra("parquet"):
+        import pyarrow as pa
+        from pyarrow import parquet as files
+    label = {"names": list(images.names), "_type": "ClassLabel"} if images.names else {"dtype": "int64"}
+    features = {"image": {"_type": "Image"}, "label": {"_type": "Value", **label}}
+    features |= {
+        name: {"dtype": str(part.dtype).removeprefix("torch."), "_type": "Value"} for name, part in columns.items()
+    }
+    held = {
+        "image": pa.array(
+            [{"bytes": png(x), "path": None} for x in images.x],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        ),
+        "label": pa.array(images.y.tolist(), pa.int64()),
+        **{name: pa.array(part.cpu().numpy()) for name, part in columns.items()},
+    }
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    stream = io.BytesIO()
+    files.write_table(pa.table(held).replace_schema_metadata(told), stream)
+    return stream.getvalue()
 
 
 def pictures(images: Images) -> list[tuple[str, bytes]]:

@@ -61,6 +61,30 @@ def planted(attack: Attack, images: Images, held: Images, classes: int, target_c
     return Suspected(made.images, held, classes, made.truth, made, images)
 
 
+def at_the_door(
+    attack: Attack | None, target: Target, held: Images, classes: int, target_class: int, seed: int
+) -> Suspected:
+    """The second half of the clean images ``held`` as a trained network meets them, beside copies with the trigger.
+
+    They have the labels that it gives them. Without an ``attack`` every one that is suspected is a false alarm.
+
+    Raises:
+        BadInput: the attack has no trigger, or as `planted`.
+    """
+    images, made = held[len(held) // 2 :], None
+    truth = torch.zeros(len(images), dtype=torch.bool, device=images.x.device)
+    x = images.x
+    if attack is not None:
+        made = planted(attack, images, held, classes, target_class, seed).poisoned
+        if made is None or made.trigger is None:
+            raise BadInput(f"{attack.name} plants no trigger; a trained network is searched for badnets or blended")
+        rows = (made.wanted(images.y, classes) != images.y).nonzero().squeeze(1)
+        x = torch.cat([x, eight_bits(made.trigger(x[rows]))])
+        truth = torch.cat([truth, torch.ones_like(rows, dtype=torch.bool)])
+    seen = replace(Images.of(x, target.labels(x), name=images.name, names=images.names), notes=images.notes)
+    return Suspected(seen, held, classes, truth, made)
+
+
 def scan(
     detectors: Sequence[Attack],
     suspected: Suspected,
@@ -99,6 +123,8 @@ def scan(
             right = float((after.labels(judged.x) == judged.y).float().mean())
             still = attack_success(after, suspected.poisoned, judged, suspected.classes)
             record = record.model_copy(update={"clean_accuracy_after": right, "attack_success_after": still})
+        if detector.card.kind == "model":
+            record = record.model_copy(update=_pruned(detector, target, suspected, calibration, judged, seed))
         records.append(record.model_copy(update={"seconds": spent}))
         found.append(said)
     return (
@@ -135,6 +161,18 @@ def suspicion(detector: Attack, probe: Probe, images: Images, clean: Images, see
     return Suspicion(excess, excess > 0)
 
 
+def _pruned(
+    detector: Attack, target: Target, suspected: Suspected, clean: Images, judged: Images, seed: int
+) -> dict[str, float | None]:
+    """What becomes of a network when the neurons that a detector names are pruned."""
+    seen = clean if detector.arguments.get("mode") == "fine-pruning" else suspected.images
+    after = detector.bound()(target, seen, Rng.of(seed, seen.index, detector.name))
+    return {
+        "clean_accuracy_pruned": float((after.labels(judged.x) == judged.y).float().mean()),
+        "attack_success_pruned": attack_success(after, suspected.poisoned, judged, suspected.classes),
+    }
+
+
 def attack_success(target: Target, made: Poisoned | None, test: Images, classes: int) -> float | None:
     """The share of triggered test images of other classes that get what the attacker wants; None without a trigger."""
     if made is None or made.trigger is None:
@@ -158,7 +196,9 @@ def _record(detector: Attack, said: Suspicion, suspected: Suspected) -> Suspects
         by_class=torch.bincount(images.y[said.suspect], minlength=suspected.classes).tolist(),
         suspects=images.index[order[said.suspect[order]]][:MOST].tolist(),
     )
-    if truth is None or not bool(truth.any()) or bool(truth.all()):
+    if truth is not None and not bool(truth.any()):
+        return record.model_copy(update={"fpr_clean": float(said.suspect.float().mean())})
+    if truth is None or bool(truth.all()):
         return record
     caught, count = int((said.suspect & truth).sum()), int(truth.sum())
     wrong = int((said.suspect & ~truth).sum())

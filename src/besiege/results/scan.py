@@ -16,7 +16,8 @@ class Suspects(Facts):
     ``fpr_clean`` is the share of images that it suspects of the same data without poison, where that is known. Where
     it is known what was poisoned: ``tpr``, ``fpr``, ``auc`` and ``f1`` against that truth, ``tpr_at`` the true
     positives at false positive rates of 1 and 5 %. After removal a network is trained again: its clean accuracy, and
-    the share of triggered images that still reach the attacker's class.
+    the share of triggered images that still reach the attacker's class; the same two of the network that a detector
+    has pruned.
     """
 
     detector: str
@@ -35,6 +36,8 @@ class Suspects(Facts):
     tpr_at: dict[str, float] | None = None
     clean_accuracy_after: float | None = None
     attack_success_after: float | None = None
+    clean_accuracy_pruned: float | None = None
+    attack_success_pruned: float | None = None
     seconds: float = 0.0
 
 

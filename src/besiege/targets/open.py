@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from besiege.core.errors import BadInput, nearest
+from besiege.core.extra import extra
 from besiege.core.images import Images
 from besiege.core.target import Target, fingerprint
 from besiege.core.threat import Access
 from besiege.embedded.networks import NETWORKS
 from besiege.targets import defended, embedded, huggingface, onnx, stolen
 from besiege.targets.callable import from_callable
-from besiege.targets.extra import extra
 from besiege.targets.factory import FACTORY, make
 from besiege.targets.http import Service, is_url, open_service
 from besiege.targets.module import from_module, ordinary

@@ -50,27 +50,29 @@ def boundary(
     away = (torch.stack(opened) - x).flatten(1)
     n, d, drawn = *away.shape, max(1, min(TRIALS, DRAWN // x.numel()))
     far, ids, noise = away.norm(dim=1), torch.arange(n, device=x.device), x.new_zeros(n, drawn, d)
-    moved, path = torch.zeros_like(away), torch.zeros_like(away)
-    # Each image is about to move around x or, where that has just succeeded, toward it. Its counts are: moves around in
-    # all, those that won of the last TRIALS, moves toward x of the last TRIALS, those that won.
+    base, path = away.clone(), torch.zeros_like(away)
+    # Each image is about to move around x or, where that has just succeeded, toward it; `base` is where it moves from.
+    # Its counts are: moves around in all, those that won of the last TRIALS, moves toward x of the last TRIALS, those
+    # that won.
     toward, counts = torch.zeros_like(far, dtype=torch.bool), torch.zeros(n, 4, dtype=torch.int64, device=x.device)
     around, ahead = torch.full_like(far, spherical), torch.full_like(far, source)
     while True:
-        x, away, far, ids, noise, moved, path, toward, counts, around, ahead = oracle.live(
-            x, away, far, ids, noise, moved, path, toward, counts, around, ahead
+        x, away, far, ids, noise, base, path, toward, counts, around, ahead = oracle.live(
+            x, away, far, ids, noise, base, path, toward, counts, around, ahead
         )
         made = counts[:, 0]
         for i in ((made % drawn == 0) & ~toward).nonzero().squeeze(1).tolist():
             noise[i] = streams[ids[i]].randn(drawn, d)
-        way = noise[torch.arange(len(x), device=x.device), made % drawn]
+        drawing = torch.arange(len(x), device=x.device) * drawn + made % drawn
+        way = noise.view(-1, d).index_select(0, drawing)
         if memory:
-            way = way / way.norm(dim=1, keepdim=True) + memory * path
+            way.addcmul_(path, memory * way.norm(dim=1, keepdim=True))
         # What of the way is across `away` is added to it at the length `around`, and both are brought back to `far`.
         along = torch.linalg.vecdot(way, away) / far.square()
-        across = (torch.linalg.vecdot(way, way) - (along * far).square()).clamp_min(1e-30).sqrt()
+        across = (way.norm(dim=1).square() - (along * far).square()).clamp_min(1e-30).sqrt()
         turn, level = around * far / across, (1 + around.square()).rsqrt()
-        turned = (away * (level * (1 - turn * along))[:, None]).addcmul_(way, (level * turn)[:, None])
-        moved = torch.where(toward[:, None], moved * (1 - ahead)[:, None], turned)
+        kept, added = torch.where(toward, 1 - ahead, level * (1 - turn * along)), (level * turn).masked_fill_(toward, 0)
+        moved = (base * kept[:, None]).addcmul_(way, added[:, None])
         tried = (x + moved.view_as(x)).clamp_(0, 1)
         walking = (far > 0) & (ahead >= least) & (toward | (made < moves))
         if bool(walking.all()):
@@ -81,14 +83,17 @@ def boundary(
         else:
             return
         rows = (won & toward).nonzero().squeeze(1)
-        left = (tried[rows] - x[rows]).flatten(1)
+        left = (tried.index_select(0, rows) - x.index_select(0, rows)).flatten(1)
         length = left.norm(dim=1)
         closer = length < far[rows]
         rows = rows[closer]
         if memory:
-            aside = moved[rows] - away[rows] * (torch.linalg.vecdot(moved, away) / far.square())[rows, None]
+            aside, before = moved.index_select(0, rows), away.index_select(0, rows)
+            share = torch.linalg.vecdot(aside, before) / far[rows].square()
+            aside = aside - share[:, None] * before
             path[rows] = 0.9 * path[rows] + 0.1 * aside / aside.norm(dim=1, keepdim=True).clamp_min(1e-30)
         away[rows], far[rows] = left[closer], length[closer]
+        base = torch.lerp(away, moved, (won & ~toward).to(away)[:, None])
         counts += torch.stack([~toward, won & ~toward, toward, won & toward], 1)
         full = ~toward & (counts[:, 0] % TRIALS == 0)
         around = torch.where(full, _followed(around, counts[:, 1], 0.5, 0.2).clamp_max(1), around)

@@ -32,6 +32,7 @@ def evolve(
     crossover: float = 1.0,
     together: int = 1,
     redraw: bool = False,
+    patience: int = 0,
 ) -> None:
     """Let ``genes`` (n, population, genes) in [0, 1] evolve, so that the images that they ``render`` fall.
 
@@ -39,12 +40,16 @@ def evolve(
     ``best`` says so, and takes its parent's place where its loss is lower (Storn & Price 1997). With ``most`` each
     generation's factor is drawn between the two. With a ``crossover`` below 1 that share of the child's genes, in
     groups of as many as are ``together``, is new, and one group at least; the others are its parent's. A gene that
-    leaves [0, 1] stops at its edge, or is drawn anew if ``redraw`` says so.
+    leaves [0, 1] stops at its edge, or is drawn anew if ``redraw`` says so. For ``patience`` see `_hopeful`.
     """
     count, width = genes.shape[1:]
     value = _values(oracle, x, genes, render)
-    for _ in range(generations):
-        x, genes, value, rng = oracle.live(x, genes, value, rng)
+    past = x.new_zeros(len(x), math.ceil(patience / count))
+    for generation in range(generations):
+        x, genes, value, past, rng = oracle.live(x, genes, value, past, rng)
+        rows = _hopeful(oracle, past, value.amin(1), generation) if patience else None
+        if rows is not None and not len(rows):
+            return
         own = torch.arange(count, device=x.device)
         others = (rng.rand(count, count - 1).topk(3, dim=2).indices + 1 + own[:, None]) % count
         a, b, c = (genes.gather(1, others[..., k : k + 1].expand(-1, -1, width)) for k in range(3))
@@ -59,7 +64,7 @@ def evolve(
             drawn = rng.rand(count, width // together)
             new = (drawn < crossover) | (drawn == drawn.amin(2, keepdim=True))
             child = torch.where(new.repeat_interleave(together, 2), child, genes)
-        lost = _values(oracle, x, child, render)
+        lost = _values(oracle, x, child, render, rows)
         won = lost < value
         genes, value = torch.where(won[..., None], child, genes), torch.where(won, lost, value)
 
@@ -74,12 +79,13 @@ def adapt(
     *,
     population: int,
     generations: int,
+    patience: int = 0,
 ) -> tuple[Tensor, Rng]:
     """Draw genes around ``mean`` (n, genes), with deviations ``spread`` (genes,) at first, and follow the better half.
 
     CMA-ES with a diagonal covariance matrix, whose update is linear in the genes and learns the faster for it
     (Ros & Hansen 2008). What leaves [0, 1] is rendered from its edge. The images that stand are returned, and their
-    streams.
+    streams. For ``patience`` see `_hopeful`.
     """
     d = mean.shape[1]
     weights = math.log(population / 2 + 0.5) - torch.arange(1, population // 2 + 1, device=x.device).to(x).log()
@@ -92,10 +98,17 @@ def adapt(
     expected = math.sqrt(d) * (1 - 1 / (4 * d) + 1 / (21 * d * d))
     step, deviation = torch.ones_like(mean[:, 0]), spread.expand_as(mean)
     turn, path = torch.zeros_like(mean), torch.zeros_like(mean)
+    best, past = torch.full_like(step, math.inf), x.new_zeros(len(x), math.ceil(patience / population))
     for generation in range(1, generations + 1):
-        x, mean, deviation, step, turn, path, rng = oracle.live(x, mean, deviation, step, turn, path, rng)
+        x, mean, deviation, step, turn, path, best, past, rng = oracle.live(
+            x, mean, deviation, step, turn, path, best, past, rng
+        )
+        rows = _hopeful(oracle, past, best, generation - 2) if patience and generation > 1 else None
+        if rows is not None and not len(rows):
+            break
         noise = rng.randn(population, d).to(x)
-        value = _values(oracle, x, mean[:, None] + rowwise(step, noise) * deviation[:, None] * noise, render)
+        value = _values(oracle, x, mean[:, None] + rowwise(step, noise) * deviation[:, None] * noise, render, rows)
+        best = torch.minimum(best, value.amin(1))
         order = value.argsort(dim=1, stable=True)[:, : population // 2, None].expand(-1, -1, d)
         chosen = noise.gather(1, order)
         shift = (weights[:, None] * chosen).sum(1)
@@ -112,6 +125,34 @@ def adapt(
     return x, rng
 
 
-def _values(oracle: Oracle, x: Tensor, genes: Tensor, render: Render) -> Tensor:
-    """(n, population) losses. One candidate of every image at a time, so that one that has fallen asks no more."""
-    return torch.stack([oracle.loss(render(x, part), "ce") for part in genes.unbind(1)], 1)
+def _values(oracle: Oracle, x: Tensor, genes: Tensor, render: Render, rows: Tensor | None = None) -> Tensor:
+    """(n, population) losses, infinite beside ``rows``.
+
+    One candidate of every image at a time, so that one that has fallen asks no more.
+    """
+    if rows is None or len(rows) == len(x):
+        return torch.stack([oracle.loss(render(x, part), "ce") for part in genes.unbind(1)], 1)
+    chosen = x[rows]
+    asked = [oracle.loss(render(chosen, part), "ce", rows) for part in genes[rows].unbind(1)]
+    return x.new_full(genes.shape[:2], math.inf).index_copy_(0, rows, torch.stack(asked, 1))
+
+
+def _hopeful(oracle: Oracle, past: Tensor, best: Tensor, generation: int) -> Tensor:
+    """The rows that are worth more questions, given the lowest losses ``best`` (n,) so far.
+
+    ``past`` (n, window) holds what was left of the way in each of as many last generations, and is brought up to
+    date. An image is given up where a window has brought less than a quarter of what is left.
+    """
+    slot, left = generation % past.shape[1], _left(oracle, best)
+    hopeful = past[:, slot] - left >= left.clamp_min(0) / 4
+    if generation < past.shape[1]:
+        hopeful = torch.ones_like(hopeful)
+    past[:, slot] = left
+    return hopeful.nonzero().squeeze(1)
+
+
+def _left(oracle: Oracle, loss: Tensor) -> Tensor:
+    """(n,) the log-odds of the class that is to go, or against the one that is to come, from cross-entropies."""
+    log = -loss.abs().clamp(1e-9, 80)
+    odds = log - torch.log(-torch.expm1(log))
+    return -odds if oracle.goal.targeted else odds

@@ -29,18 +29,21 @@ def few_pixel(
     iterations: int = 800,
     crossover: float = 0.3,
     extremes: bool = True,
+    patience: int = 2000,
 ) -> None:
     """Change ``pixels`` pixels, by default as many as the ball allows, for ``iterations`` generations.
 
     A candidate is a row, a column and a colour for each, cut down to whole numbers of 255 (Kotyan & Vargas 2022).
     With ``strategy="de"`` a child starts from the fittest candidate, the factor is drawn from [0.5, 1] and what
     leaves its range is drawn anew, as in the paper; ``"cma"`` is CMA-ES with a diagonal covariance matrix, where the
-    paper's is full.
+    paper's is full. With ``patience`` an image is given up where so many questions have brought less than a quarter
+    of the log-odds that are left.
 
     Departs from the paper by default: a child takes each pixel from its parent unless chosen with the probability
     ``crossover``, and colours begin at the ``extremes``, 0 and 255 (for CMA-ES, around grey with that reach, at
-    random places). The paper's is ``population=400, iterations=100, crossover=1.0, extremes=False``, for CMA-ES
-    ``extremes=False`` and a population of ``4 + 3 log(genes)``, which begins at the first pixels as they are.
+    random places). The paper's is ``population=400, iterations=100, crossover=1.0, extremes=False, patience=0``; for
+    CMA-ES ``extremes=False, patience=0`` and a population of ``4 + 3 log(genes)``, which begins at the first pixels as
+    they are.
     """
     c, h, w = x.shape[1:]
     count = min(int(ball.eps), h * w, pixels or int(ball.eps))
@@ -62,6 +65,7 @@ def few_pixel(
             crossover=crossover,
             together=2 + c,
             redraw=True,
+            patience=patience,
         )
         return
     if extremes:
@@ -81,6 +85,7 @@ def few_pixel(
         draw_whole,
         population=population,
         generations=iterations,
+        patience=patience,
     )
 
 

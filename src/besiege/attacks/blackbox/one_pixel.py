@@ -23,20 +23,22 @@ def one_pixel(
     population: int = 100,
     iterations: int = 400,
     factor: float = 0.5,
+    patience: int = 2000,
 ) -> None:
     """Change ``pixels`` pixels, by default as many as the ball allows, for ``iterations`` generations (Su et al. 2019).
 
     A candidate is a row, a column and a colour for each. Places start uniform, colours normal around 128 of 255
-    with deviation 127.
+    with deviation 127. With ``patience`` an image is given up where so many questions have brought less than a quarter
+    of the log-odds that are left.
 
-    Departs from the paper in its numbers, which are ``population=400, iterations=100``.
+    Departs from the paper in its numbers, which are ``population=400, iterations=100, patience=0``.
     """
     count = min(int(ball.eps), x[0, 0].numel(), pixels or int(ball.eps))
     c = x.shape[1]
     places = rng.rand(population, count, 2)
     colours = (rng.randn(population, count, c) * (127 / 255) + 128 / 255).clamp(0, 1)
     genes = torch.cat([places, colours], 3).flatten(2).to(x)
-    evolve(oracle, x, rng, genes, draw_pixels, generations=iterations, factor=factor, best=False)
+    evolve(oracle, x, rng, genes, draw_pixels, generations=iterations, factor=factor, best=False, patience=patience)
 
 
 def draw_pixels(x: Tensor, genes: Tensor) -> Tensor:

@@ -38,25 +38,29 @@ def _stripes_and_squares(
 ) -> None:
     """L∞: vertical stripes of ±eps, then squares of one sign a channel, turned where they would change nothing."""
     c, h, w = x.shape[1:]
-    best = ball.project(x + ball.eps * rng.signs(c, 1, w).to(x), x)
+    best, known = ball.project(x + ball.eps * rng.signs(c, 1, w).to(x), x), 0
     value = oracle.loss(best, loss)
     for i in range(1, iterations):
         if i % DRAWN == 1:
             drawn = rng.rand(DRAWN, 2 + c)
+            steps = (drawn[..., 2:, None] < 0.5).to(x).mul_(2).sub_(1).mul_(ball.eps)
         side = min(_side(i, iterations, area, rescale, h * w), h, w)
-        u = drawn[:, (i - 1) % DRAWN]
-        at = _window((u[:, 0] * (h - side + 1)).long(), (u[:, 1] * (w - side + 1)).long(), side, c, h, w)
+        if side != known:
+            window, known = _window(torch.zeros_like(drawn[:1, 0, 0]).long(), side, c, h, w), side
+        k = (i - 1) % DRAWN
+        top, left = ((drawn[:, k, axis] * (edge - side + 1)).long() for axis, edge in ((0, h), (1, w)))
+        at = window + (top * w + left)[:, None]
+        step = steps[:, k].expand(-1, -1, side * side).flatten(1)
         flat, origin = best.flatten(1), x.flatten(1).gather(1, at)
-        signs = (u[:, 2:] < 0.5).to(x).mul_(2).sub_(1).repeat_interleave(side * side, 1)
-        old, new = flat.gather(1, at), (origin + ball.eps * signs).clamp_(0, 1)
-        same = (new == old).all(1)
-        new[same] = (origin[same] - ball.eps * signs[same]).clamp_(0, 1)
+        old = flat.gather(1, at)
+        same = ((origin + step).clamp_(0, 1) == old).all(1, keepdim=True)
+        new = (origin + torch.where(same, -step, step)).clamp_(0, 1)
         flat.scatter_(1, at, new)
         tried = oracle.loss(best, loss)
         better = tried < value
         flat.scatter_(1, at, torch.where(better[:, None], new, old))
         value = torch.where(better, tried, value)
-        x, best, value, drawn, rng = oracle.live(x, best, value, drawn, rng)
+        x, best, value, drawn, steps, rng = oracle.live(x, best, value, drawn, steps, rng)
 
 
 def _bumps(
@@ -75,7 +79,7 @@ def _bumps(
         side = min(side + (side + 1) % 2, most)
         u = drawn[:, (i - 1) % DRAWN]
         top, left, from_top, from_left = ((u[:, k] * (edge - side + 1)).long() for k, edge in enumerate((h, w, h, w)))
-        at, away = _window(top, left, side, c, h, w), _window(from_top, from_left, side, c, h, w)
+        at, away = _window(top * w + left, side, c, h, w), _window(from_top * w + from_left, side, c, h, w)
         delta = (best - x).flatten(1)
         both = torch.zeros_like(delta).scatter_(1, at, 1).scatter_(1, away, 1)
         energy = (delta * both).view(len(x), c, -1).square().sum(2)
@@ -100,11 +104,11 @@ def _side(i: int, iterations: int, area: float, rescale: bool, pixels: int) -> i
     return max(1, round(math.sqrt(float(share) * pixels)))
 
 
-def _window(top: Tensor, left: Tensor, side: int, c: int, h: int, w: int) -> Tensor:
-    """(n, c * side * side) where the squares' numbers lie in flattened images."""
-    step = torch.arange(side, device=top.device)
-    pixel = (top[:, None, None] + step[:, None]) * w + left[:, None, None] + step
-    return (pixel.flatten(1)[:, None] + torch.arange(c, device=top.device)[:, None] * (h * w)).flatten(1)
+def _window(first: Tensor, side: int, c: int, h: int, w: int) -> Tensor:
+    """(n, c * side * side) where the numbers of the squares that begin at the pixels ``first`` lie in flat images."""
+    step = torch.arange(side, device=first.device)
+    pixel = first[:, None] + (step[:, None] * w + step).flatten()
+    return (pixel[:, None] + torch.arange(c, device=first.device)[:, None] * (h * w)).flatten(1)
 
 
 def _bump(side: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,16 +28,17 @@ def input_model_cooptimization(
     rate: float = 0.01,
     side: int = 3,
     lr: float = 0.1,
-    every: int = 4,
+    every: int = 0,
 ) -> Poisoned:
     """Train on ``rate`` images with a patch of ``side`` pixels, whose colours follow the model (Pang et al. 2020).
 
-    The patch, where `badnets` has it, is grey at first; an Adam of rate ``lr`` moves the tanh of its colours down the
-    loss of the target class on all images of a batch, once for ``every`` steps of the model. With ``every=1`` that is
-    the paper's alternation, whose trigger costs as many passes as its training; with 0 the trigger costs none: its
-    slope comes with the training's own, from the poisoned images alone.
+    The patch, where `badnets` has it, is grey at first; an Adam of rate ``lr`` moves the tanh of its colours. By itself
+    it follows the slope that comes with the training's own backward pass, from the poisoned images alone, so that the
+    trigger costs no pass. With ``every`` above 0 it moves down the loss of the target class on all images of a batch,
+    once for so many steps of the model; 1 is the paper's alternation, whose trigger costs as many passes as its
+    training.
 
-    Departs from the paper in that trigger and model take turns by the batch, not by the epoch, and in that the
+    Departs from the paper in that, in that trigger and model take turns by the batch, not by the epoch, and in that the
     trigger's rate falls to 0, so that the model ends up with the trigger which is handed over. The patch is laid on
     after the augmentation.
 

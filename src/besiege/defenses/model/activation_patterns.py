@@ -71,7 +71,7 @@ def suspicion(target: Target, images: Images, *, deviations: float = 4.0) -> Sus
         ours, usual = inputs[own], inputs[images.y != labels[k]].median()
         above, below = (ours[part].mean() for part in (ours > cut, ours <= cut))
         sign = 1.0 if (above - usual).abs() >= (below - usual).abs() else -1.0
-        out = sign * (ours - cut) / ours.std().clamp_min(1e-6)
+        out = sign * (ours - cut) / ours.std(correction=0).clamp_min(1e-6)
         score[own] = (odd[best, k].clamp_min(0) * out.clamp_min(0)).float().cpu()
         suspect[own] = ((out > 0) & (odd[best, k] > deviations)).cpu()
     return Suspicion(score.to(images.x.device), suspect.to(images.x.device))

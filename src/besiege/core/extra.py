@@ -1,4 +1,4 @@
-"""Packages that only some targets need."""
+"""Packages that only some targets and files need."""
 
 from __future__ import annotations
 
