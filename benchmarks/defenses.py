@@ -1,8 +1,9 @@
 """The measured map of the evasion defenses: every attack before, after, and by one who knows the defense.
 
 ``python -m benchmarks.defenses mnist cifar10 --keep FOLDER`` trains the networks, defends them and attacks the same
-images three times. FOLDER holds checkpoints and records, from which an interrupted run goes on. ``--write`` makes
-docs/defenses.md of all records in it, and the map that `besiege audit` advises by. Needs the shared data; about an
+images three times. FOLDER holds the checkpoints from which an interrupted run goes on; what a defense was worth stays
+in benchmarks/records, and is not measured again. ``--write`` makes docs/defenses.md of all of it, and the map that
+`besiege audit` advises by. Needs the shared data; about an
 hour and a half each on one core.
 """
 
@@ -20,6 +21,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
+from benchmarks import RECORDS
 from benchmarks.networks import mnist
 from benchmarks.prepare import mosaics
 from besiege.audit import recommend
@@ -55,6 +57,7 @@ defenses are calibrated on {calibration:,} test images that are not attacked and
 |---|---|---:|---:|---|---:|---:|---:|---|---|---|---:|---|"""
 
 DOCS = Path(__file__).parents[1] / "docs" / "defenses.md"
+KEPT = RECORDS / "defenses"
 MAP = Path(recommend.__file__).with_name("map.json")
 
 Sent = list[tuple[Attack, Ball]]
@@ -218,13 +221,14 @@ def _pair(row: Row, key: str) -> str:
     return " → ".join("–" if value is None else f"{value:.2f}" for value in both) if any(both) else "–"
 
 
-def measure(held: Field, images: int, only: Sequence[str], keep: Path) -> None:
-    """Measure the defenses of a field that ``keep`` has no record of."""
+def measure(field: str, images: int, only: Sequence[str], keep: Path) -> None:
+    """Measure the defenses of a field that there is no record of; ``keep`` is for checkpoints."""
+    held = FIELDS[field]
     training, test = held.images()
     clean, judged = test[: held.calibration], test[held.calibration : held.calibration + images]
     plain = None
     for name in only or held.defenses:
-        path = keep / f"{name}.json"
+        path = KEPT / field / f"{name}.json"
         if path.is_file() or name not in held.defenses:
             continue
         defense, made = hardened(name, held, plain, training, clean, keep)
@@ -242,23 +246,23 @@ def measure(held: Field, images: int, only: Sequence[str], keep: Path) -> None:
         )
         path.write_text(record.json_text())
         if name == "adversarial-training" and held.weights and made.defended.module is not None:
-            save_file(made.defended.module.state_dict(), path.with_name(held.weights))
+            save_file(made.defended.module.state_dict(), keep / held.weights)
         print("\n".join(lines(record, held.defenses[name])), file=sys.stderr, flush=True)
 
 
-def records(keep: Path) -> Iterator[tuple[Field, list[Defense]]]:
+def records() -> Iterator[tuple[Field, list[Defense]]]:
     """What is kept, field by field."""
     for name, held in FIELDS.items():
-        paths = [keep / name / f"{defense}.json" for defense in held.defenses]
+        paths = [KEPT / name / f"{defense}.json" for defense in held.defenses]
         found = [Defense.model_validate_json(path.read_text()) for path in paths if path.is_file()]
         if found:
             yield held, found
 
 
-def page(keep: Path, command: str) -> str:
+def page(command: str) -> str:
     """The page of all that is kept."""
     text = [PAGE.format(command=command)]
-    for held, found in records(keep):
+    for held, found in records():
         text.append(
             SECTION.format(
                 title=held.title, n=found[0].judged, network=held.network, calibration=held.calibration
@@ -268,7 +272,7 @@ def page(keep: Path, command: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def tried(keep: Path) -> list[Tried]:
+def tried() -> list[Tried]:
     """What an audit's advice is drawn from: all attacks of a radius together."""
     return [
         Tried(
@@ -278,7 +282,7 @@ def tried(keep: Path) -> list[Tried]:
             norm=worst.threat.partition(":")[0],
             **worst.model_dump(),
         )
-        for held, found in records(keep)
+        for held, found in records()
         for record in found
         for worst in record.worst
     ]
@@ -290,16 +294,17 @@ def main() -> None:
     parser.add_argument("fields", nargs="*", metavar="FIELD", help=f"of {', '.join(FIELDS)}")
     parser.add_argument("-n", "--images", type=int, default=100)
     parser.add_argument("--only", action="append", help="this defense alone; repeatable")
-    parser.add_argument("--keep", type=Path, required=True, help="a folder for checkpoints and records")
-    parser.add_argument("--write", action="store_true", help="make docs/defenses.md and the map of all records there")
+    parser.add_argument("--keep", type=Path, required=True, help="a folder for checkpoints")
+    parser.add_argument("--write", action="store_true", help="make docs/defenses.md and the map of all records")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.fields:
-        (given.keep / name).mkdir(parents=True, exist_ok=True)
-        measure(FIELDS[name], given.images, given.only or (), given.keep / name)
+        for folder in (given.keep, KEPT):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        measure(name, given.images, given.only or (), given.keep / name)
     if given.write:
-        DOCS.write_text(page(given.keep, "python -m benchmarks.defenses mnist cifar10 --keep FOLDER --write"))
-        MAP.write_text(TypeAdapter(list[Tried]).dump_json(tried(given.keep), indent=1).decode() + "\n")
+        DOCS.write_text(page("python -m benchmarks.defenses mnist cifar10 --keep FOLDER --write"))
+        MAP.write_text(TypeAdapter(list[Tried]).dump_json(tried(), indent=1).decode() + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.poisoning > docs/poisoning.md`` tells on stderr how far it is and prints the page at the end.
 Needs the shared data. ``--sets``, ``--fit``, ``--images``, ``--epochs``, ``--seeds``, ``--grid`` and ``--methods`` say
-how much; with ``--keep FOLDER`` a row that is there is not measured again.
+how much; a row that benchmarks/records holds is not measured again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from benchmarks import RECORDS
 from benchmarks.networks import folder
 from benchmarks.prepare import mosaics
 from besiege.core.fit import Fit
@@ -106,12 +106,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--grid", action="store_true", help="the grid of rates alone")
     parser.add_argument("--methods", help="of those in the table, these alone")
-    parser.add_argument("--keep", type=Path, help="where finished rows are kept")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     rows, spent = [], 0.0
-    if asked.keep is not None:
-        asked.keep.mkdir(parents=True, exist_ok=True)
+    keep = RECORDS / "poisoning"
+    keep.mkdir(parents=True, exist_ok=True)
     for name in asked.sets.split(","):
         training, judged = read(name, asked.images, asked.judged)
         fit = replace(recipe(asked.fit or RECIPES[name]), epochs=asked.epochs)
@@ -122,16 +121,15 @@ def main() -> None:
                 continue
             own = [f"{key}-{value}" for key, value in options.items()]
             name_of = "-".join([name, fit.name, attack, *own, *map(str, (len(training), fit.epochs, asked.seeds))])
-            kept = None if asked.keep is None else asked.keep / f"{name_of}.json"
-            if kept is not None and kept.is_file():
+            kept = keep / f"{name_of}.json"
+            if kept.is_file():
                 found = json.loads(kept.read_text())
             else:
                 rates, began = () if options else RATES, time.process_time()
                 record, _ = poison(configured(method(attack), **options), replace(ground, rates=rates))
                 found = {"rows": [row(name, fit, record, part) for part in record.cells]}
                 found["seconds"] = time.process_time() - began
-                if kept is not None:
-                    kept.write_text(json.dumps(found) + "\n")
+                kept.write_text(json.dumps(found) + "\n")
             rows += found["rows"]
             spent += found["seconds"]
             print("\n".join(found["rows"]), file=sys.stderr, flush=True)

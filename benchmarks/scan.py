@@ -1,8 +1,8 @@
 """The review's Table 6, rebuilt: what finds poison, in which data, planted by whom.
 
-``python -m benchmarks.scan --keep FOLDER > docs/table6.md`` trains on poison, searches, removes, trains again and
-prints the page; stderr tells how far it is. FOLDER holds each cell, so that an interrupted run goes on and the page is
-made of all that is there. ``--timing`` prints what a search of 50,000 images takes once the features are known. Needs
+``python -m benchmarks.scan > docs/table6.md`` trains on poison, searches, removes, trains again and prints the page;
+stderr tells how far it is. Each cell stays in benchmarks/records, so that an interrupted run goes on, and the page is
+made of all that are there. ``--timing`` prints what a search of 50,000 images takes once the features are known. Needs
 the shared data; about two hours on one core.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import RECORDS
 from benchmarks.poisoning import read
 from besiege.core.fit import Fit
 from besiege.core.images import Images
@@ -286,7 +286,6 @@ def main() -> None:
     parser.add_argument("--attacks", default=",".join(ATTACKS))
     parser.add_argument("--detectors", action="append", choices=tuple(DETECTORS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--keep", type=Path, required=True)
     parser.add_argument("--timing", action="store_true")
     given = parser.parse_args()
     if given.timing:
@@ -294,11 +293,12 @@ def main() -> None:
         print("\n".join(timing()))
         return
     torch.set_num_threads(1)
-    given.keep.mkdir(parents=True, exist_ok=True)
+    keep = RECORDS / "scan"
+    keep.mkdir(parents=True, exist_ok=True)
     sets, attacks = given.sets.split(","), given.attacks.split(",")
-    measure(sets, attacks, given.detectors or list(DETECTORS), given.seeds, given.keep)
-    command = shlex.join(["python", "-m", "benchmarks.scan", "--keep", "FOLDER"])
-    print("\n".join([PAGE.format(judged=JUDGED, command=command), *lines(given.keep)]))
+    measure(sets, attacks, given.detectors or list(DETECTORS), given.seeds, keep)
+    command = "python -m benchmarks.scan"
+    print("\n".join([PAGE.format(judged=JUDGED, command=command), *lines(keep)]))
 
 
 if __name__ == "__main__":
