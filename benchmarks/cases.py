@@ -439,19 +439,27 @@ WHITE_BOX = ("cw-linf", "cw-l0", "lbfgs", "ead", "ddn", "jsma", "newtonfool")
 
 
 QUERY_BASED = {"hopskipjump": 1.2, "boundary": 1.2, "square": 1.3}
-"""Those that ask for answers alone, and how many times the model's time is asked of each."""
+"""Those that ask for answers alone, and how many times the time of the model, as given, is asked of each."""
 
 
-def overhead(results: Sequence[Result], networks: str, names: Sequence[str] = MODEL_BOUND) -> float:
+def overhead(
+    results: Sequence[Result], networks: str, names: Sequence[str] = MODEL_BOUND, *, given: bool = False
+) -> float:
     """Our CPU time over the floor on ``networks``, the median over the attacks ``names``.
 
-    Where an attack was raced twice, the race with more images counts.
+    Where an attack was raced twice, the race with more images counts. With ``given`` the floor is that of the network
+    as it was given.
 
     Raises:
         BadInput: none of them ran.
     """
     ran = [r for r in results if r.case.name in names and r.case.network in networks]
-    found = {r.case.name: r.ours.overhead for r in sorted(ran, key=lambda r: r.ours.images)}
+    if given:
+        ran = [r for r in ran if r.ours.given_ms is not None]
+    found = {
+        r.case.name: r.ours.cpu_ms / r.ours.given_ms if given and r.ours.given_ms else r.ours.overhead
+        for r in sorted(ran, key=lambda r: r.ours.images)
+    }
     if not found:
         raise BadInput("none of the attacks of which it is asked was run")
     return statistics.median(found.values())

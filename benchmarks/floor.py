@@ -15,10 +15,10 @@ LAPS = 5
 
 
 def floor(calls: Sequence[Call], x: Tensor) -> float:
-    """CPU seconds of the same calls, each at its own size, of images like ``x``."""
-    sizes, spent = Counter((call.rows, call.columns) for call in calls), 0.0
-    for (rows, columns), count in sizes.items():
-        once = Call(calls[0].module, rows, columns)
+    """CPU seconds of the same calls, each of its own network and size, on images like ``x``."""
+    sizes, spent = Counter((call.module, call.rows, call.columns) for call in calls), 0.0
+    for (module, rows, columns), count in sizes.items():
+        once = Call(module, rows, columns)
         part = x[torch.arange(rows) % len(x)]
         laps = []
         for _ in range(LAPS):

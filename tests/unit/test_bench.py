@@ -127,6 +127,7 @@ def test_time_over_floor_is_what_the_attack_adds_to_the_model(monkeypatch: pytes
     found = race({"it": attack}, Slow(), pixels(*[0.1] * 10), Ball(INF, 0.1), repeat=2)["it"]
     assert isinstance(found, Figures)
     assert found.floor_ms == pytest.approx(1000 * 18 / 10)
+    assert found.given_ms == pytest.approx(1000 * 18 / 10)
     assert found.cpu_ms == pytest.approx(1000 * 24 / 10)
     assert found.overhead == pytest.approx(24 / 18)
     assert found.best_batch == 256

@@ -115,7 +115,7 @@ class Meter:
         self._allow(Access.GRADIENTS)
         pick, images = self._enter(x, rows)
         values, grads = [], []
-        for part, ids in self._batches(x if pick is None else x[pick], images):
+        for part, ids in self._batches(x if pick is None else x.index_select(0, pick), images):
             leaf = part.detach().requires_grad_()
             with torch.enable_grad():
                 answer = self.target.answer(leaf)
@@ -237,7 +237,7 @@ class Meter:
         pick, images = self._enter(x, rows)
         values = []
         with torch.no_grad():
-            for part, ids in self._batches(x if pick is None else x[pick], images):
+            for part, ids in self._batches(x if pick is None else x.index_select(0, pick), images):
                 value, hit = read(self.target.answer(part), ids)
                 values.append(value)
                 self._note(part, ids, hit, backward=0, once=rows is None)

@@ -41,26 +41,25 @@ def _stripes_and_squares(
     best, known = ball.project(x + ball.eps * rng.signs(c, 1, w).to(x), x), 0
     value = oracle.loss(best, loss)
     for i in range(1, iterations):
-        if i % DRAWN == 1:
-            drawn = rng.rand(DRAWN, 2 + c)
-            steps = (drawn[..., 2:, None] < 0.5).to(x).mul_(2).sub_(1).mul_(ball.eps)
-        side = min(_side(i, iterations, area, rescale, h * w), h, w)
-        if side != known:
-            window, known = _window(torch.zeros_like(drawn[:1, 0, 0]).long(), side, c, h, w), side
         k = (i - 1) % DRAWN
-        top, left = ((drawn[:, k, axis] * (edge - side + 1)).long() for axis, edge in ((0, h), (1, w)))
-        at = window + (top * w + left)[:, None]
-        step = steps[:, k].expand(-1, -1, side * side).flatten(1)
-        flat, origin = best.flatten(1), x.flatten(1).gather(1, at)
+        if k == 0:
+            sides = [min(_side(j, iterations, area, rescale, h * w), h, w) for j in range(i, i + DRAWN)]
+            drawn, side = rng.rand(DRAWN, 2 + c), torch.tensor(sides, device=x.device)
+            first = (drawn[..., 0] * (h - side + 1)).long() * w + (drawn[..., 1] * (w - side + 1)).long()
+            steps = (drawn[..., 2:, None] < 0.5).to(x).mul_(2).sub_(1).mul_(ball.eps)
+        if sides[k] != known:
+            window, known = _window(torch.zeros_like(first[:1, 0]), sides[k], c, h, w), sides[k]
+        at, step = window + first[:, k, None], steps[:, k]
+        flat, origin = best.flatten(1), x.flatten(1).gather(1, at).view(len(x), c, -1)
         old = flat.gather(1, at)
-        same = ((origin + step).clamp_(0, 1) == old).all(1, keepdim=True)
-        new = (origin + torch.where(same, -step, step)).clamp_(0, 1)
+        same = ((origin + step).clamp_(0, 1).flatten(1) == old).all(1)
+        new = (origin + torch.where(rowwise(same, step), -step, step)).clamp_(0, 1).flatten(1)
         flat.scatter_(1, at, new)
         tried = oracle.loss(best, loss)
         better = tried < value
         flat.scatter_(1, at, torch.where(better[:, None], new, old))
         value = torch.where(better, tried, value)
-        x, best, value, drawn, steps, rng = oracle.live(x, best, value, drawn, steps, rng)
+        x, best, value, first, steps, rng = oracle.live(x, best, value, first, steps, rng)
 
 
 def _bumps(
