@@ -29,7 +29,7 @@ from besiege.core.method import Attack, make
 from besiege.core.rng import Rng
 from besiege.core.target import Target
 from besiege.core.threat import INF, Ball, Goal
-from besiege.defenses.input.randomized_smoothing import certify, softened
+from besiege.defenses.input.randomized_smoothing import Smoothed, certify
 
 SIGMA = 0.25
 ART_STEPS = 300
@@ -104,9 +104,10 @@ def ours(attack: Attack, target: Target, copies: int) -> Craft:
 
     def craft(x: Tensor, toward: Tensor, turn: int) -> Tensor:
         index, ball = torch.arange(len(x)), Ball(INF, 1.0)
-        noise = Rng.of(turn, index, "softened")
+        shield = Smoothed(target, sigma=SIGMA, samples=copies)
+        shield.key.fill_(turn)
         meter = Meter(target, x, Goal(toward, targeted=True), ball, seeks="optimum")
-        oracle = Bpda(meter, softened(target, noise, sigma=SIGMA, samples=copies))
+        oracle = Bpda(meter, shield.softened)
         with target.ready():
             found: Tensor = attack.bound()(oracle, x, ball, Rng.of(turn, index, attack.name))
         return found

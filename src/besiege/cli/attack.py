@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 IMAGES = {"quick": 20, "standard": 100, "thorough": 1000}
 
 
+@o.opening
 def attack(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A method of `besiege list`, or several in turn: a|b.")],
     target: o.TargetSpec = None,
@@ -45,17 +46,10 @@ def attack(
     ] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
     budget: o.Effort = o.Budget.quick,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    weights: o.Weights = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    classes: o.Classes = None,
-    batch: o.Batch = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
+    *,
+    how: o.How,
 ) -> None:
     """Attack a classifier with one method and say how many images fell.
 
@@ -72,28 +66,15 @@ def attack(
 
     chosen, asked = _chosen(name, o.chosen(option or []), budget.value, queries)
     n, fitted = limit or IMAGES[budget], TRAINING if chosen.card.kind == "universal" else 0
-    victim, images = o.opened(
-        target,
-        data,
-        limit=n + fitted,
-        seed=seed,
-        device=device,
-        trust_code=trust_code,
-        weights=weights,
-        mean=mean,
-        std=std,
-        classes=classes,
-        batch=batch,
-        on_bad=on_bad,
-    )
+    victim, images = how.both(target, data, n + fitted)
     o.warned(victim, images)
     training = None
     if fitted:
-        rows = sample(len(images), n, seed).to(images.x.device)
+        rows = sample(len(images), n, how.seed).to(images.x.device)
         rest = torch.ones(len(images), dtype=torch.bool, device=images.x.device).index_fill(0, rows, False)
         images, training = images[rows], images[rest]
     threat = replace(_threat(chosen, eps, norm, after, victim.shape), queries=asked)
-    through, access = _through(lens, chosen, images, device) if lens else (None, threat.access)
+    through, access = _through(lens, chosen, images, how.device) if lens else (None, threat.access)
     threat = replace(threat, access=access)
     with terminal.progress() as bar:
         total = len(images) * (threat.queries or passes(chosen))
@@ -103,11 +84,11 @@ def attack(
             victim,
             images,
             threat,
-            seed=seed,
+            seed=how.seed,
             target_class=target_class,
             lens=through,
             training=training,
-            starts=images.sample(STARTS, seed).x,
+            starts=images.sample(STARTS, how.seed).x,
             progress=lambda rows: bar.advance(task, rows),
         )
     record = record.model_copy(update={"notes": [*victim.notes, *images.notes, *record.notes]})

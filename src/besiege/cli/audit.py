@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from time import monotonic
@@ -43,6 +44,7 @@ class Format(StrEnum):
     html = "html"
 
 
+@o.opening
 def audit(
     context: typer.Context,
     target: o.TargetSpec = None,
@@ -78,20 +80,13 @@ def audit(
         list[str] | None,
         typer.Option(metavar="THREAT=SHARE", help="Exit with 1 if less is sure to stand: linf:8/255=0.4. Repeatable."),
     ] = None,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     format: Annotated[Format, typer.Option(help="What to print at the end.")] = Format.table,
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    weights: o.Weights = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    classes: o.Classes = None,
-    batch: o.Batch = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it costs; send nothing.")] = False,
+    *,
+    how: o.How,
 ) -> int:
     """Send a plan of attacks and write a report: what held, per attack and in the worst case per image.
 
@@ -120,16 +115,8 @@ def audit(
     budget = o.Budget(request["budget"])
     only = [method(name.strip()).card.name for name in (request["attacks"] or "").split(",") if name.strip()]
     threats = [parse(text) for text in (request["threat"] or "").split(",") if text.strip()]
-    feeding = {name: request[name] for name in ("seed", "weights", "mean", "std", "classes", "batch")}
-    victim, images = o.opened(
-        request["target"],
-        request["data"],
-        limit=request["limit"] or p.IMAGES[budget],
-        device=device if resume is None else request["device"],
-        trust_code=trust_code,
-        on_bad=o.OnBad(request["on_bad"]),
-        **feeding,
-    )
+    how = replace(how, **{name: request[name] for name in FEEDING}, on_bad=o.OnBad(request["on_bad"]))
+    victim, images = how.both(request["target"], request["data"], request["limit"] or p.IMAGES[budget])
     sent = threats or p.customary(victim.shape, budget.value)
     chosen = _families(request["families"]) or (f.FAMILIES[:2] if only else f.FAMILIES)
     evasive = {name: one for name, one in of_kind(*EVASIVE).items() if one.card.family in chosen or name in only}
@@ -140,7 +127,7 @@ def audit(
     if dry_run:
         _dry(plan, r.measured(victim, images, seconds), len(images), seconds, json or format is Format.json)
         return 0
-    material = _material(request, images, trust_code, on_bad)
+    material = _material(request, images, how)
     beyond = f.beyond(victim, material, chosen, request["defend"] or [], plan)
     folder = resume or out or Path("runs") / slug(victim.name, images.name, budget.value)
     known = r.manifest(victim, images, plan, budget=budget.value, seed=request["seed"], beyond=beyond)
@@ -157,6 +144,7 @@ def audit(
     return _verdict(found)
 
 
+FEEDING = ("seed", "device", "weights", "mean", "std", "classes", "batch")
 REQUEST = (
     "target",
     "data",
@@ -170,13 +158,7 @@ REQUEST = (
     "members",
     "nonmembers",
     "fit",
-    "seed",
-    "device",
-    "weights",
-    "mean",
-    "std",
-    "classes",
-    "batch",
+    *FEEDING,
     "on_bad",
 )
 """What --resume takes from the run. What executes a stranger's code is asked for anew."""
@@ -216,7 +198,7 @@ def _families(text: str | None) -> tuple[str, ...]:
     return chosen
 
 
-def _material(request: dict[str, Any], images: Images, trust_code: bool, on_bad: o.OnBad) -> Material:
+def _material(request: dict[str, Any], images: Images, how: o.How) -> Material:
     """What the command line names beside the target; the embedded classifiers have their own at hand."""
     from besiege.audit.fronts import Material
     from besiege.data import open_images
@@ -236,10 +218,10 @@ def _material(request: dict[str, Any], images: Images, trust_code: bool, on_bad:
     def opened(spec: str | None) -> Images | None:
         if spec is None:
             return None
-        found = open_images(spec, size=images.shape[1:], channels=images.shape[0], seed=0, on_bad=on_bad.value)
+        found = open_images(spec, size=images.shape[1:], channels=images.shape[0], seed=0, on_bad=how.on_bad.value)
         return found.to(images.x.device)
 
-    fit = open_fit(request["fit"] or "cnn", trust_code=trust_code)
+    fit = open_fit(request["fit"] or "cnn", trust_code=how.trust_code)
     return Material(fit, opened(train), opened(members), opened(others), same=request["fit"] is not None)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from besiege.core.threat import Ball
 
 
+@o.opening
 def bench(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="A method; left out, the table of all and their peers.")
@@ -31,16 +32,9 @@ def bench(
     queries: Annotated[int | None, typer.Option(min=1, help="At most this many forward passes an image.")] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
     repeat: Annotated[int, typer.Option(min=1, metavar="LAPS", help="Give medians of this many runs.")] = 3,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    weights: o.Weights = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    classes: o.Classes = None,
-    batch: o.Batch = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
+    *,
+    how: o.How,
 ) -> None:
     """Time an attack on one thread against the floor: the same passes of the bare model.
 
@@ -59,20 +53,7 @@ def bench(
     from besiege.regions import parse
 
     attack = make(name, **o.chosen(option or []))
-    victim, images = o.opened(
-        target,
-        data,
-        limit=limit,
-        seed=seed,
-        device=device,
-        trust_code=trust_code,
-        weights=weights,
-        mean=mean,
-        std=std,
-        classes=classes,
-        batch=batch,
-        on_bad=on_bad,
-    )
+    victim, images = how.both(target, data, limit)
     if victim.module is None or victim.call is not victim.module:
         raise BadInput(f"{victim.name} is no plain torch module, so there is no bare model to time it against")
     torch.set_num_threads(1)
@@ -84,7 +65,7 @@ def bench(
         images,
         ball,
         repeat=repeat,
-        seeds=(seed,),
+        seeds=(how.seed,),
         tell=lambda line: typer.echo(line, err=True),
     )[name]
     if not isinstance(found, Figures):
@@ -92,7 +73,13 @@ def bench(
     if json:
         from json import dumps
 
-        about = {"attack": str(attack), "target": victim.name, "data": images.name, "seed": seed, "threat": str(ball)}
+        about = {
+            "attack": str(attack),
+            "target": victim.name,
+            "data": images.name,
+            "seed": how.seed,
+            "threat": str(ball),
+        }
         typer.echo(dumps({**about, "repeat": repeat, **asdict(found)}))
     else:
         _print(f"{attack.card.title} on {victim.name}, {ball}", found)

@@ -13,38 +13,19 @@ if TYPE_CHECKING:
     from besiege.results.checks import Check
 
 
+@o.opening
 def check(
     target: o.TargetSpec = None,
     data: o.DataSpec = None,
     limit: o.Limit = None,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    weights: o.Weights = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    classes: o.Classes = None,
-    batch: o.Batch = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
+    *,
+    how: o.How,
 ) -> None:
     """Say what a classifier is, how well it does on the images, and what an audit would cost."""
     from besiege.audit.look import look
 
-    victim, images = o.opened(
-        target,
-        data,
-        limit=limit or 200,
-        seed=seed,
-        device=device,
-        trust_code=trust_code,
-        weights=weights,
-        mean=mean,
-        std=std,
-        classes=classes,
-        batch=batch,
-        on_bad=on_bad,
-    )
+    victim, images = how.both(target, data, limit or 200)
     seen = look(victim, images)
     if json:
         typer.echo(seen.model_dump_json())

@@ -23,6 +23,7 @@ SENT = {"quick": "pgd,cw-l2", "standard": "pgd,cw-l2,square", "thorough": "fgsm,
 RECIPE = "cnn"
 
 
+@o.opening
 def defend(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A defense of `besiege list`.")],
     target: o.TargetSpec = None,
@@ -36,8 +37,6 @@ def defend(
     target_class: Annotated[int | None, typer.Option(min=0, help="Reach this class, not just any other.")] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A defense's own option.")] = None,
     budget: o.Effort = o.Budget.quick,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     verify: Annotated[
         str | None,
         typer.Option(
@@ -45,14 +44,9 @@ def defend(
         ),
     ] = None,
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    weights: o.Weights = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    classes: o.Classes = None,
-    batch: o.Batch = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
+    *,
+    how: o.How,
 ) -> None:
     """Defend a classifier, then attack it three times: before, without and with knowledge of the defense.
 
@@ -67,60 +61,48 @@ def defend(
     from besiege.targets.defended import Layout, keep
 
     if verify is not None:
-        _verify(name, verify, data, out, seed, device, json, trust_code)
+        _verify(name, verify, data, out, json, how)
         return
     found = method(name, tuple(kind for kind in GUARDS if kind != "data"))
     own = o.chosen(option or [])
     trains = found.card.kind == "training"
-    if trains and (target or weights or mean or std):
+    if trains and (target or how.weights or how.mean or how.std):
         raise BadInput(f"{name} is in the training: leave TARGET and what belongs to it out and say --fit and --data")
     if not trains and fit is not None:
         raise BadInput(f"{name} trains no classifier: leave --fit out and name a TARGET")
     if trains:
-        images, judged = o.trained_and_judged_on(data, test, limit=None, seed=seed, device=device, on_bad=on_bad)
-    else:
-        victim, images = o.opened(
-            target,
-            data,
-            limit=None,
-            seed=seed,
-            device=device,
-            trust_code=trust_code,
-            weights=weights,
-            mean=mean,
-            std=std,
-            classes=classes,
-            batch=batch,
-            on_bad=on_bad,
+        images, judged = o.trained_and_judged_on(
+            data, test, limit=None, seed=how.seed, device=how.device, on_bad=how.on_bad
         )
+    else:
+        victim, images = how.both(target, data, None)
         o.warned(victim, images)
-        images, judged = _apart(images, test, seed)
-    judged = judged.sample(limit or ATTACKED[budget], seed)
+        images, judged = _apart(images, test, how.seed)
+    judged = judged.sample(limit or ATTACKED[budget], how.seed)
     sent = _sent(attacks or _customary(found.card, budget), eps, norm, images.shape, budget.value)
     if "eps" in found.card.options and "eps" not in own:
         own["eps"] = str(radius_of(sent, images.shape))
     defense = configured(found, **own)
     if trains:
         names = images.names
-        count = classes or (len(names) if names else int(images.y.max()) + 1)
-        hardened = _trained(defense, fit or RECIPE, images, seed, count, trust_code, out)
+        count = how.classes or (len(names) if names else int(images.y.max()) + 1)
+        hardened = _trained(defense, fit or RECIPE, images, how.seed, count, how.trust_code, out)
         layout = Layout(
             defense=name, options=dict(defense.arguments), shape=images.shape, classes=count, fit=fit or RECIPE
         )
     else:
-        hardened = _wrapped(defense, victim, images, seed)
-        how = o.preprocessing(mean, std)
+        hardened, fed = _wrapped(defense, victim, images, how.seed), how.preprocessing()
         layout = Layout(
             defense=name,
             options=dict(defense.arguments),
             shape=images.shape,
             classes=victim.classes,
             target=target or victim.name,
-            weights=weights,
-            mean=None if how is None else how.mean,
-            std=None if how is None else how.std,
+            weights=how.weights,
+            mean=None if fed is None else fed.mean,
+            std=None if fed is None else fed.std,
         )
-    record = _measured(defense, hardened, judged, sent, images, seed, target_class, budget.value)
+    record = _measured(defense, hardened, judged, sent, images, how.seed, target_class, budget.value)
     if out is not None:
         files.write(out / "record.json", record.json_text())
         keep(hardened.defended, layout, out)
@@ -130,9 +112,7 @@ def defend(
         _print(record, out)
 
 
-def _verify(
-    name: str, deployed: str, data: str | None, out: Path | None, seed: int, device: str, json: bool, trust_code: bool
-) -> None:
+def _verify(name: str, deployed: str, data: str | None, out: Path | None, json: bool, how: o.How) -> None:
     """Whether a network that is in use is still the one that was trained."""
     from json import dumps
 
@@ -147,9 +127,11 @@ def _verify(
             "--verify is for trapdoors: besiege defend trapdoor --verify TARGET --out FOLDER, trained before"
         )
     wanted = expects(f"defended:{out}")
-    images = open_images(data or wanted.data, limit=ATTACKED["standard"], seed=seed, size=wanted.size).to(device)
-    kept = open_target(f"defended:{out}", data=images, device=device, trust_code=trust_code)
-    asked = open_target(deployed, data=images, device=device, trust_code=trust_code)
+    images = open_images(data or wanted.data, limit=ATTACKED["standard"], seed=how.seed, size=wanted.size).to(
+        how.device
+    )
+    kept = open_target(f"defended:{out}", data=images, device=how.device, trust_code=how.trust_code)
+    asked = open_target(deployed, data=images, device=how.device, trust_code=how.trust_code)
     found = verify(kept, images, deployed=asked)
     answered, expected = float(found.answered.mean()), float(found.expected.mean())
     if json:

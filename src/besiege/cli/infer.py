@@ -61,6 +61,7 @@ class Given:
     seen: Callable[[int], None]
 
 
+@o.opening
 def infer(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="membership-inference, model-inversion or reconstruction.")
@@ -78,17 +79,10 @@ def infer(
     ] = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
     budget: o.Effort = o.Budget.quick,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    weights: o.Weights = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    classes: o.Classes = None,
-    batch: o.Batch = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
+    *,
+    how: o.How,
 ) -> None:
     """Learn from a classifier what it was trained on, and measure how much that was.
 
@@ -102,8 +96,6 @@ def infer(
     """
     from besiege.cli import terminal
     from besiege.core.method import configured, method
-    from besiege.data import open_images
-    from besiege.targets import open_target
     from besiege.targets.recipe import open_fit
 
     card = method(name, ("inference",)).card
@@ -119,23 +111,10 @@ def infer(
 
     def images(spec: str, like: Images | None = None) -> Images:
         size, channels = (None, None) if like is None else (like.shape[1:], like.shape[0])
-        opened = open_images(spec, limit=limit, seed=seed, size=size, channels=channels, on_bad=on_bad.value)
-        return opened.to(device)
-
-    def victim(spec: str | None, like: Images) -> Target:
-        return open_target(
-            spec,
-            data=like,
-            device=device,
-            trust_code=trust_code,
-            preprocessing=o.preprocessing(mean, std),
-            classes=classes,
-            batch=batch,
-            weights=weights,
-        )
+        return how.images(spec, limit=limit, size=size, channels=channels)
 
     def split(data: str | None, test: str | None) -> tuple[Images, Images]:
-        return o.trained_and_judged_on(data, test, limit=limit, seed=seed, device=device, on_bad=on_bad)
+        return o.trained_and_judged_on(data, test, limit=limit, seed=how.seed, device=how.device, on_bad=how.on_bad)
 
     with terminal.progress() as bar:
         task = bar.add_task(str(chosen), total=None)
@@ -144,11 +123,11 @@ def infer(
             data=data,
             members=members,
             nonmembers=nonmembers,
-            seed=seed,
+            seed=how.seed,
             out=out,
-            fit=open_fit(fit or "cnn", trust_code=trust_code),
+            fit=open_fit(fit or "cnn", trust_code=how.trust_code),
             images=images,
-            victim=victim,
+            victim=how.target,
             split=lambda: split(*_pair(target or DEFAULTS.get(card.name), data, test)),
             seen=lambda rows: bar.advance(task, rows),
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from besiege.core.target import Target
     from besiege.core.threat import Norm
     from besiege.targets import Preprocessing
+    from besiege.targets.open import Expected
+
+Result = TypeVar("Result")
 
 
 class Budget(StrEnum):
@@ -98,46 +104,88 @@ Out = Annotated[Path | None, typer.Option(metavar="FOLDER", callback=writable, h
 Effort = Annotated[Budget, typer.Option(help="How much effort to spend.")]
 
 
-def opened(
-    target: str | None,
-    data: str | None,
-    *,
-    limit: int | None,
-    seed: int,
-    device: str,
-    trust_code: bool,
-    weights: str | None,
-    mean: str | None,
-    std: str | None,
-    classes: int | None,
-    batch: int | None,
-    on_bad: OnBad,
-) -> tuple[Target, Images]:
-    """The classifier and the images that the specs name, on one device and fitting each other."""
-    from besiege.data import open_images
-    from besiege.targets import expects, open_target
+@dataclass(frozen=True)
+class How:
+    """How a TARGET and images are opened: the options of every command that takes one."""
 
-    how = preprocessing(mean, std)
-    wanted = expects(target, preprocessing=how, weights=weights)
-    images = open_images(
-        data or wanted.data,
-        limit=limit,
-        seed=seed,
-        size=wanted.size,
-        channels=wanted.channels,
-        on_bad=on_bad.value,
-    )
-    found = open_target(
-        target,
-        data=images,
-        device=device,
-        trust_code=trust_code,
-        preprocessing=how,
-        classes=classes,
-        batch=batch,
-        weights=weights,
-    )
-    return found, images.to(found.device)
+    seed: Seed = 0
+    device: Device = "cpu"
+    trust_code: Trust = False
+    weights: Weights = None
+    mean: Mean = None
+    std: Std = None
+    classes: Classes = None
+    batch: Batch = None
+    on_bad: OnBadFile = OnBad.refuse
+
+    def preprocessing(self) -> Preprocessing | None:
+        """What --mean and --std say; None where they say nothing."""
+        if self.mean is None and self.std is None:
+            return None
+        from besiege.targets import Preprocessing
+
+        return Preprocessing(mean=_numbers(self.mean), std=_numbers(self.std))
+
+    def expects(self, target: str | None) -> Expected:
+        """The images that a TARGET takes, as far as its spec says so."""
+        from besiege.targets import expects
+
+        return expects(target, preprocessing=self.preprocessing(), weights=self.weights)
+
+    def images(
+        self, data: str, *, limit: int | None = None, size: Sequence[int] | None = None, channels: int | None = None
+    ) -> Images:
+        """The images of a spec, in a size and number of channels where these are given."""
+        from besiege.data import open_images
+
+        size = None if size is None else (size[0], size[1])
+        found = open_images(data, limit=limit, seed=self.seed, size=size, channels=channels, on_bad=self.on_bad.value)
+        return found.to(self.device)
+
+    def target(self, target: str | None, images: Images) -> Target:
+        """The classifier of a spec, to be fed with ``images``."""
+        from besiege.targets import open_target
+
+        return open_target(
+            target,
+            data=images,
+            device=self.device,
+            trust_code=self.trust_code,
+            preprocessing=self.preprocessing(),
+            classes=self.classes,
+            batch=self.batch,
+            weights=self.weights,
+        )
+
+    def both(self, target: str | None, data: str | None, limit: int | None) -> tuple[Target, Images]:
+        """The classifier and the images that the specs name, on one device and fitting each other."""
+        wanted = self.expects(target)
+        images = self.images(data or wanted.data, limit=limit, size=wanted.size, channels=wanted.channels)
+        found = self.target(target, images)
+        return found, images.to(found.device)
+
+
+def opening(command: Callable[..., Result]) -> Callable[..., Result]:
+    """``command`` with the options of `How` on the command line, in the place of its parameter ``how``."""
+    hints, own = get_type_hints(command, include_extras=True), get_type_hints(How, include_extras=True)
+    parameters = []
+    for parameter in signature(command).parameters.values():
+        if parameter.name == "how":
+            parameters += [
+                Parameter(part.name, Parameter.KEYWORD_ONLY, default=part.default, annotation=own[part.name])
+                for part in fields(How)
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=Parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def run(**given: Any) -> Result:
+        how = How(**{part.name: given.pop(part.name) for part in fields(How)})
+        return command(**given, how=how)
+
+    run.__annotations__ = {part.name: part.annotation for part in parameters}
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def trained_and_judged_on(
@@ -187,15 +235,6 @@ def warned(target: Target, images: Images) -> list[str]:
     if warning:
         typer.echo(f"warning: {warning}", err=True)
     return [warning] if warning else []
-
-
-def preprocessing(mean: str | None, std: str | None) -> Preprocessing | None:
-    """What --mean and --std say; None where they say nothing."""
-    if mean is None and std is None:
-        return None
-    from besiege.targets import Preprocessing
-
-    return Preprocessing(mean=_numbers(mean), std=_numbers(std))
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

@@ -29,6 +29,7 @@ SHOWN, BINS, DOTS = 12, 40, 1000
 """So many pictures, bars and points are drawn for a detector."""
 
 
+@o.opening
 def scan(
     data: Annotated[
         str | None,
@@ -59,13 +60,10 @@ def scan(
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train again without the suspects and judge that.")
     ] = False,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    classes: o.Classes = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
+    *,
+    how: o.How,
 ) -> None:
     """Search training images, or a trained network alone, for poison and name the suspects.
 
@@ -83,7 +81,6 @@ def scan(
     from besiege.engine.scan import Suspected, at_the_door, planted
     from besiege.engine.scan import scan as run
     from besiege.results import files
-    from besiege.targets import open_target
     from besiege.targets.recipe import open_fit
 
     alone = data is not None and not shows_images(data)
@@ -95,40 +92,30 @@ def scan(
         raise BadInput("-o is for the poisoner: name one by --poison, or give detectors their options by -d")
     names, wanted = detector or list(OF_A_MODEL if alone else ALL), o.chosen(detect or [])
     detectors = _detectors(names, wanted, alone)
-    recipe = open_fit(fit or "cnn", trust_code=trust_code)
+    recipe = open_fit(fit or "cnn", trust_code=how.trust_code)
     if alone:
-        probe, held = o.opened(
-            data,
-            test,
-            limit=limit,
-            seed=seed,
-            device=device,
-            trust_code=trust_code,
-            weights=None,
-            mean=None,
-            std=None,
-            classes=classes,
-            batch=None,
-            on_bad=on_bad,
-        )
+        probe, held = how.both(data, test, limit)
         if len(held) < 10:
             raise BadInput(f"{held.name}: {len(held)} images are too few to calibrate and to judge by")
         if "sentinet" in names and "samples" not in wanted and len(held) < 200:
             detectors = _detectors(names, {**wanted, "samples": str(len(held) // 4)}, alone)
         images, count = held, probe.classes
     else:
-        images, held = o.trained_and_judged_on(data, test, limit=limit, seed=seed, device=device, on_bad=on_bad)
+        images, held = o.trained_and_judged_on(
+            data, test, limit=limit, seed=how.seed, device=how.device, on_bad=how.on_bad
+        )
         probe, count = (
             None,
-            classes or max(len(images.names or ()), int(images.y.max()) + 1, int(held.y.max()) + 1, target_class + 1),
+            how.classes
+            or max(len(images.names or ()), int(images.y.max()) + 1, int(held.y.max()) + 1, target_class + 1),
         )
         if model is not None:
-            probe = open_target(model, data=held, device=device, trust_code=trust_code)
+            probe = how.target(model, held)
     attack = None if poison is None else configured(method(poison, ("poisoning",)), **o.chosen(option or []))
     if probe is not None and alone:
-        suspected = at_the_door(attack, probe, held, count, target_class, seed)
+        suspected = at_the_door(attack, probe, held, count, target_class, how.seed)
     elif attack is not None:
-        suspected = planted(attack, images, held, count, target_class, seed)
+        suspected = planted(attack, images, held, count, target_class, how.seed)
     else:
         suspected = Suspected(images, held, count, _truth(data, images))
     trainings = (probe is None) + (suspected.clean is not None) + (len(detectors) if retrain else 0)
@@ -139,7 +126,7 @@ def scan(
             suspected,
             recipe,
             model=probe,
-            seed=seed,
+            seed=how.seed,
             retrain=retrain,
             progress=lambda rows: bar.advance(task, rows),
         )

@@ -18,6 +18,7 @@ POOL = "embedded:digits-rgb-train"
 """Asked about for want of others: digits on photographs, in the size and the colours that the target takes."""
 
 
+@o.opening
 def steal(
     name: Annotated[str, typer.Argument(metavar="NAME", help="copycat or functionally-equivalent.")],
     target: o.TargetSpec = None,
@@ -30,17 +31,10 @@ def steal(
     fit: o.FitSpec = None,
     option: Annotated[list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="A method's own option.")] = None,
     budget: o.Effort = o.Budget.quick,
-    seed: o.Seed = 0,
-    device: o.Device = "cpu",
     json: o.Json = False,
-    trust_code: o.Trust = False,
-    weights: o.Weights = None,
-    mean: o.Mean = None,
-    std: o.Std = None,
-    classes: o.Classes = None,
-    batch: o.Batch = None,
-    on_bad: o.OnBadFile = o.OnBad.refuse,
     out: o.Out = None,
+    *,
+    how: o.How,
 ) -> None:
     """Steal a classifier by its answers and say how close the stolen model comes.
 
@@ -68,22 +62,8 @@ def steal(
     if target is None and found.card.exact:
         target = "embedded:digits-mlp"
     spec = fit or "cnn"
-    recipe = open_fit(spec, trust_code=trust_code)
-    victim, pool, judged = _opened(
-        target,
-        data,
-        test,
-        limit=limit,
-        seed=seed,
-        device=device,
-        trust_code=trust_code,
-        weights=weights,
-        mean=mean,
-        std=std,
-        classes=classes,
-        batch=batch,
-        on_bad=on_bad,
-    )
+    recipe = open_fit(spec, trust_code=how.trust_code)
+    victim, pool, judged = _opened(how, target, data, test, limit)
     if not found.card.exact:
         suits(recipe, victim.shape, victim.classes)
     o.warned(victim, judged)
@@ -95,7 +75,7 @@ def steal(
             pool,
             judged,
             recipe,
-            seed=seed,
+            seed=how.seed,
             probe=make("pgd"),
             ball=Ball(INF, radius(INF, victim.shape)),
             progress=lambda rows: bar.advance(task, rows),
@@ -115,47 +95,21 @@ def steal(
 
 
 def _opened(
-    target: str | None,
-    data: str | None,
-    test: str | None,
-    *,
-    limit: int | None,
-    seed: int,
-    device: str,
-    trust_code: bool,
-    weights: str | None,
-    mean: str | None,
-    std: str | None,
-    classes: int | None,
-    batch: int | None,
-    on_bad: o.OnBad,
+    how: o.How, target: str | None, data: str | None, test: str | None, limit: int | None
 ) -> tuple[Target, Images, Images]:
     """The classifier, the images to ask about and those to judge by, a fifth of the former where none are named.
 
     Labels of a pool are not looked at: it may hold other classes than the target knows.
     """
-    from besiege.data import open_images
-    from besiege.targets import expects, open_target
-
-    how = o.preprocessing(mean, std)
-    wanted = expects(target, preprocessing=how, weights=weights)
+    wanted = how.expects(target)
     if data is None:
         data, test = POOL, test or wanted.data
-    pool = open_images(data, limit=limit, seed=seed, size=wanted.size, channels=wanted.channels, on_bad=on_bad.value)
+    pool = how.images(data, limit=limit, size=wanted.size, channels=wanted.channels)
     if test is None:
-        pool, judged = o.held_out(pool, seed)
+        pool, judged = o.held_out(pool, how.seed)
     else:
-        judged = open_images(test, size=pool.shape[1:], channels=pool.shape[0], seed=seed, on_bad=on_bad.value)
-    victim = open_target(
-        target,
-        data=judged,
-        device=device,
-        trust_code=trust_code,
-        preprocessing=how,
-        classes=classes,
-        batch=batch,
-        weights=weights,
-    )
+        judged = how.images(test, size=pool.shape[1:], channels=pool.shape[0])
+    victim = how.target(target, judged)
     return victim, pool.to(victim.device), judged.to(victim.device)
 
 

@@ -14,7 +14,7 @@ from besiege.core.meter import Meter
 from besiege.core.oracle import Oracle, State
 from besiege.core.rng import Rng
 from besiege.core.target import Target
-from besiege.core.threat import INF, Answer, Ball, Goal, Loss
+from besiege.core.threat import INF, Access, Answer, Ball, Goal, Loss
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Bpda(Lens):
 
     def __init__(self, oracle: Meter, stand_in: Callable[[Tensor], Tensor | Answer]) -> None:
         view = copy.copy(oracle)
-        view.target = replace(oracle.target, call=stand_in)
+        view.target, view.access = replace(oracle.target, call=stand_in), max(oracle.access, Access.GRADIENTS)
         super().__init__(view)
 
 

@@ -17,10 +17,11 @@ class Shield(nn.Module):
     ``forward`` is what is deployed: scores (n, classes), and in a detector the excess (n,) of suspicion over the
     threshold. ``softened`` answers as ``forward`` does, up to what stands in for steps without a useful gradient: who
     knows the defense attacks through it, by the lens `besiege.core.lens.Bpda`. The two are one where everything can be
-    differentiated. With ``stochastic`` an answer is a draw.
+    differentiated. With ``stochastic`` an answer is a draw, and who knows takes the mean gradient of so many ``draws``.
     """
 
     stochastic = False
+    draws = 5
 
     def __init__(self, inner: Target) -> None:
         super().__init__()

@@ -32,9 +32,6 @@ from besiege.results.record import Record
 FITTED = 200
 NOTHING: Mapping[str, Row] = {}
 
-DRAWS = 5
-"""A random defense is averaged over so many answers where its gradient is taken."""
-
 
 @dataclass(frozen=True, eq=False)
 class Hardened:
@@ -154,7 +151,7 @@ def knowing(shield: Shield) -> Lensing:
 
     def through(meter: Meter, x: Tensor, rng: Rng) -> Oracle:
         lens: Oracle = Bpda(meter, shield.softened)
-        return Eot(lens, rng, samples=DRAWS) if meter.target.stochastic else lens
+        return Eot(lens, rng, samples=shield.draws) if meter.target.stochastic else lens
 
     return through
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor
 
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
+from besiege.core.method import defense
 from besiege.core.rng import Rng
+from besiege.core.shield import Shield
 from besiege.core.target import Target
 from besiege.core.threat import Access, Answer
 
@@ -32,6 +33,59 @@ class Certificate:
     radius: Tensor
 
 
+class Smoothed(Shield):
+    """Answers with the votes of noisy copies, and rejects what they certify less than ``radius`` of.
+
+    Scores are the logarithms of the shares that the classes have in ``samples`` votes. Softened it answers with mean
+    probabilities (Salman et al. 2019, arXiv:1906.04584); the excess is that of a certificate with these for shares.
+    """
+
+    stochastic, draws = True, 1
+    key: Tensor
+
+    def __init__(
+        self, inner: Target, *, sigma: float = 0.25, samples: int = 100, alpha: float = 0.001, radius: float = 0.0
+    ) -> None:
+        super().__init__(inner)
+        if not sigma > 0:
+            raise BadInput(f"sigma must be above 0, not {sigma}")
+        self.sigma, self.samples, self.alpha, self.radius = sigma, samples, alpha, radius
+        self.register_buffer("key", torch.tensor(0))
+        self.calls = itertools.count()
+
+    def forward(self, x: Tensor) -> Answer:
+        """The votes, and by how much the certified radius falls short."""
+        votes = _votes(self.inner, x, self.noise(len(x)), self.sigma, self.samples)
+        certified = self.sigma * _sure(votes.amax(1), self.samples, self.alpha)
+        shares = (votes + 0.5) / (self.samples + 0.5 * self.inner.classes)
+        return Answer(shares.log().to(x), (self.radius - certified).to(x))
+
+    def softened(self, x: Tensor) -> Answer:
+        """The same where votes are probabilities."""
+        noise = self.noise(len(x)).randn(self.samples, *x.shape[1:]).to(x)
+        scores = self.inner.answer((x[:, None] + self.sigma * noise).flatten(0, 1)).scores
+        share = scores.log_softmax(1).view(len(x), self.samples, -1).logsumexp(1) - math.log(self.samples)
+        largest = share.amax(1).exp().clamp(1e-6, 1 - 1e-6)
+        return Answer(share, self.radius - self.sigma * torch.special.ndtri(largest))
+
+    def noise(self, n: int) -> Rng:
+        """Streams for the rows of one call; no two calls share a number."""
+        rows = torch.arange(n, device=self.key.device) + (next(self.calls) << 32)
+        return Rng.of(int(self.key), rows, "randomized-smoothing")
+
+    def target(self, name: str) -> Target:
+        """The smoothed target: votes have no gradient."""
+        return replace(super().target(name), access=min(self.inner.access, Access.SCORES))
+
+
+@defense(
+    "Randomized smoothing",
+    paper="arXiv:1902.02918",
+    kind="input",
+    counters=("fgsm", "bim", "pgd", "deepfool", "cw-l2", "ddn", "fmn"),
+    adaptive="the same attack on the mean probabilities of noisy copies; shadow against the certificate",
+    shield=Smoothed,
+)
 def randomized_smoothing(
     target: Target,
     images: Images,
@@ -42,51 +96,18 @@ def randomized_smoothing(
     alpha: float = 0.001,
     radius: float = 0.0,
 ) -> Target:
-    """``target`` behind Gaussian noise (Cohen et al. 2019, arXiv:1902.02918); ``images`` calibrate nothing.
+    """Let ``samples`` copies under Gaussian noise of deviation ``sigma`` vote (Cohen et al. 2019).
 
-    Its scores are the logarithms of the shares that the classes have in ``samples`` votes. An image is rejected
-    where the votes, at confidence 1 - ``alpha``, certify less than ``radius``. Votes have no gradient; whoever knows
-    the defense takes that of `softened` through the lens `Bpda`.
+    An image is rejected where the votes, at confidence 1 - ``alpha``, certify less than ``radius`` (L2, in pixels of
+    [0, 1]). The ``images`` calibrate nothing, and the network is taken as it is: one that has learned under the same
+    noise certifies far more.
 
     Raises:
         BadInput: ``sigma`` is not above 0.
     """
-    if not sigma > 0:
-        raise BadInput(f"sigma must be above 0, not {sigma}")
-    calls = itertools.count()
-
-    def vote(x: Tensor) -> Answer:
-        votes = _votes(target, x, _fresh(rng, next(calls), len(x)), sigma, samples)
-        certified = sigma * _sure(votes.amax(1), samples, alpha)
-        return Answer(((votes + 0.5) / (samples + 0.5 * target.classes)).log().to(x), (radius - certified).to(x))
-
-    return replace(
-        target,
-        call=vote,
-        module=None,
-        access=min(target.access, Access.SCORES),
-        stochastic=True,
-        name=f"randomized smoothing of {target.name}",
-    )
-
-
-def softened(
-    target: Target, rng: Rng, *, sigma: float = 0.25, samples: int = 100, radius: float = 0.0
-) -> Callable[[Tensor], Answer]:
-    """What stands in for the votes where gradients are taken: mean probabilities (Salman et al. 2019, 1906.04584).
-
-    Its excess is that of a certificate with these probabilities for shares of the votes.
-    """
-    calls = itertools.count()
-
-    def answer(x: Tensor) -> Answer:
-        noise = _fresh(rng, next(calls), len(x)).randn(samples, *x.shape[1:]).to(x)
-        scores = target.answer((x[:, None] + sigma * noise).flatten(0, 1)).scores
-        share = scores.log_softmax(1).view(len(x), samples, -1).logsumexp(1) - math.log(samples)
-        largest = share.amax(1).exp().clamp(1e-6, 1 - 1e-6)
-        return Answer(share, radius - sigma * torch.special.ndtri(largest))
-
-    return answer
+    shield = Smoothed(target, sigma=sigma, samples=samples, alpha=alpha, radius=radius)
+    shield.key.copy_(rng.keys[0])
+    return shield.to(target.device).target("randomized smoothing")
 
 
 def certify(
@@ -128,8 +149,3 @@ def _sure(votes: Tensor, samples: int, alpha: float) -> Tensor:
     lower = beta.ppf(alpha, votes.cpu().numpy(), samples - votes.cpu().numpy() + 1)
     quantile: Tensor = torch.special.ndtri(torch.as_tensor(lower, dtype=torch.float64).nan_to_num(0))
     return quantile.to(votes.device)
-
-
-def _fresh(rng: Rng, call: int, n: int) -> Rng:
-    """Streams for the rows of one call; no two calls share a number."""
-    return Rng.of(int(rng.keys[0]), torch.arange(n, device=rng.keys.device) + (call << 32), "randomized-smoothing")
