@@ -28,17 +28,20 @@ class Squeezing(Shield):
         self,
         inner: Target,
         *,
-        bits: int = 1,
+        bits: int | None = None,
         median: int = 2,
-        patch: int = 0,
+        patch: int | None = None,
         search: int = 13,
         strength: float = 2.0,
         rate: float = 0.05,
     ) -> None:
         super().__init__(inner)
-        self.bits, self.median, self.patch, self.search, self.strength = bits, median, patch, search, strength
+        grey = inner.shape[0] == 1
+        self.bits = (1 if grey else 5) if bits is None else bits
+        self.patch = (0 if grey else 3) if patch is None else patch
+        self.median, self.search, self.strength = median, search, strength
         self.register_buffer("limit", torch.tensor(0.0))
-        if not (bits or median or patch):
+        if not (self.bits or median or self.patch):
             raise BadInput("feature-squeezing: at least one of bits, median and patch must be above 0")
 
     def forward(self, x: Tensor) -> Answer:
@@ -85,9 +88,9 @@ def feature_squeezing(
     images: Images,
     rng: Rng,
     *,
-    bits: int = 1,
+    bits: int | None = None,
     median: int = 2,
-    patch: int = 0,
+    patch: int | None = None,
     search: int = 13,
     strength: float = 2.0,
     rate: float = 0.05,
@@ -96,8 +99,8 @@ def feature_squeezing(
 
     Squeezers are rounding to ``bits`` bits, a median over windows of ``median`` pixels, and non-local means of patches
     of ``patch`` pixels within ``search``, weighed by ``strength`` in levels of 255; 0 leaves one out (Xu et al. 2018).
-    The defaults are the paper's for grey digits; for CIFAR-10 it has ``bits=5, patch=3``. What is deployed answers as
-    before: the squeezed images only tell which are rejected.
+    By themselves they are the paper's: 1 bit and the median for grey images, 5 bits, the median and patches of 3 pixels
+    for others. What is deployed answers as before: the squeezed images only tell which are rejected.
     """
     shield = Squeezing(target, bits=bits, median=median, patch=patch, search=search, strength=strength, rate=rate)
     with torch.no_grad(), target.ready():
