@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
-from besiege.core.errors import BadInput
+from besiege.core.errors import AccessDenied, BadInput
 from besiege.core.images import Images
 from besiege.core.lens import Bpda
 from besiege.core.meter import Meter
@@ -82,7 +82,7 @@ def test_an_image_is_certified_alike_alone_and_in_company() -> None:
 
 def test_the_defended_target_votes_and_rejects() -> None:
     images = Images.of(at(0.3, 0.02), torch.tensor([1, 1]))
-    safe = randomized_smoothing(TARGET, images, rng(2), sigma=SIGMA, samples=200, radius=0.15)
+    safe = randomized_smoothing(sigma=SIGMA, samples=200, radius=0.15).bound()(TARGET, images, rng(2))
     answer = safe.answer(images.x)
     assert safe.stochastic and safe.access is Access.SCORES
     assert answer.scores.argmax(1).tolist() == [1, 1]
@@ -101,6 +101,27 @@ def test_who_knows_it_follows_the_mean_of_the_probabilities() -> None:
     assert float(first) == pytest.approx(slope, rel=0.15)
 
 
+def test_who_knows_it_is_not_kept_from_gradients_by_the_votes() -> None:
+    images = Images.of(at(0.1), torch.tensor([1]))
+    safe = randomized_smoothing(sigma=0.05, samples=50).bound()(TARGET, images, rng(1))
+    assert isinstance(safe.module, Smoothed)
+    meter = Meter(safe, images.x, Goal(images.y), Ball(INF, 0.2), access=Access.SCORES)
+    with pytest.raises(AccessDenied):
+        meter.gradient(images.x)
+    _, grad = Bpda(meter, safe.module.softened).gradient(images.x)
+    assert float(grad.flatten()[0]) > 0
+
+
+def test_what_is_saved_votes_with_the_same_noise() -> None:
+    images = Images.of(at(0.05, -0.02), torch.tensor([1, 0]))
+    first = randomized_smoothing(sigma=SIGMA).bound()(TARGET, images, rng(2)).module
+    again = Smoothed(TARGET, sigma=SIGMA)
+    assert isinstance(first, Smoothed)
+    again.restore(first.own())
+    assert torch.equal(first(images.x).scores, again(images.x).scores)
+    assert not torch.equal(again(images.x).scores, Smoothed(TARGET, sigma=SIGMA)(images.x).scores)
+
+
 def test_noise_there_must_be() -> None:
     with pytest.raises(BadInput, match="sigma must be above 0"):
-        randomized_smoothing(TARGET, Images.of(at(0.1), torch.tensor([1])), rng(1), sigma=0)
+        randomized_smoothing(sigma=0.0).bound()(TARGET, Images.of(at(0.1), torch.tensor([1])), rng(1))

@@ -184,7 +184,7 @@ def opening(command: Callable[..., Result]) -> Callable[..., Result]:
         return command(**given, how=how)
 
     run.__annotations__ = {part.name: part.annotation for part in parameters}
-    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__dict__["__signature__"] = Signature(parameters)
     return run
 
 
