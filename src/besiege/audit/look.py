@@ -14,7 +14,6 @@ from besiege.core.images import Images
 from besiege.core.method import EVASIVE, of_kind
 from besiege.core.target import Target
 from besiege.core.threat import Access
-from besiege.engine.summary import agree
 from besiege.results.checks import Check
 from besiege.results.interval import wilson
 from besiege.results.record import Facts, Interval
@@ -64,7 +63,7 @@ def look(target: Target, images: Images) -> Look:
     Raises:
         BadInput: the target does not take the images.
     """
-    agree(target, images)
+    target.takes(images)
     scores = target.scores(images.x)
     right, n = int((scores.argmax(1) == images.y).sum()), len(images)
     again = target.scores(images.x[: target.batch])

@@ -27,7 +27,7 @@ from besiege.core.target import Execution, Target
 from besiege.core.threat import INF, Access, Ball, ThreatModel
 from besiege.engine.evasion import Outcome, evade
 from besiege.engine.judge import Verdict
-from besiege.engine.summary import agree, siege
+from besiege.engine.summary import siege
 from besiege.results.audit import FILE, FRONT, Audit, Environment, LeftOut, derived, shard_key, shard_span
 from besiege.results.checks import Check
 from besiege.results.defense import Row
@@ -157,7 +157,7 @@ def audit(
     Raises:
         BadInput: the target does not take the images, or the folder cannot be written.
     """
-    agree(target, images)
+    target.takes(images)
     began = time.monotonic()
     deadline = INF if seconds is None else began + seconds
     if seconds is not None and speed is None:

@@ -7,13 +7,16 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from besiege.core.errors import BadInput
 from besiege.core.threat import Access, Answer
+
+if TYPE_CHECKING:
+    from besiege.core.images import Images
 
 CPU = torch.device("cpu")
 Execution = Literal["auto", "plain", "channels_last", "bfloat16", "float16"]
@@ -78,6 +81,19 @@ class Target:
                 f"expected ({len(x)}, {self.classes})"
             )
         return answer
+
+    def takes(self, images: Images) -> None:
+        """Check that images of this shape can be answered, and that their labels are known.
+
+        Raises:
+            BadInput: they cannot, or are not.
+        """
+        if images.shape != self.shape:
+            raise BadInput(f"the images are {images.shape} (c, h, w), but {self.name} takes {self.shape}")
+        if int(images.y.max()) >= self.classes:
+            raise BadInput(
+                f"label {int(images.y.max())} is out of range: {self.name} has classes 0 to {self.classes - 1}"
+            )
 
     def scores(self, x: Tensor) -> Tensor:
         """Scores (n, classes) of any number of images, in batches, without gradients."""

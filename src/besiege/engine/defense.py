@@ -24,7 +24,7 @@ from besiege.core.threat import Access, ThreatModel, rowwise
 from besiege.engine.evasion import Lensing, Outcome
 from besiege.engine.judge import judge
 from besiege.engine.roc import auc
-from besiege.engine.summary import agree, siege, summarize
+from besiege.engine.summary import siege, summarize
 from besiege.results.defense import Defense, Detection, Row, verdict
 from besiege.results.interval import wilson
 from besiege.results.record import Record
@@ -69,7 +69,7 @@ def wrapped(defense: Attack, target: Target, images: Images, seed: int) -> Harde
     Raises:
         BadInput: the images do not fit the target.
     """
-    agree(target, images)
+    target.takes(images)
     began = time.monotonic()
     defended = defense.bound()(target, images, Rng.of(seed, images.index, defense.name))
     return Hardened(target, defended, time.monotonic() - began)

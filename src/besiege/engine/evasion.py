@@ -330,14 +330,9 @@ def _fits(
         raise BadInput(f"{card.name} is untargeted; leave the target class out")
     if target_class is not None and not 0 <= target_class < target.classes:
         raise BadInput(f"target class {target_class} is not among the {target.classes} classes from 0")
-    if images.shape != target.shape:
-        raise BadInput(f"the images are {images.shape} (c, h, w), but {target.name} takes {target.shape}")
+    target.takes(images)
     if card.channels not in (None, images.shape[0]):
         raise BadInput(f"{card.name} takes images of {card.channels} channels, but these have {images.shape[0]}")
-    if int(images.y.max()) >= target.classes:
-        raise BadInput(
-            f"label {int(images.y.max())} is out of range: {target.name} has classes 0 to {target.classes - 1}"
-        )
     if attack.card.seeks == "success" and math.isinf(threat_eps(threat.ball)):
         raise BadInput(f"{card.name} needs a radius; give eps")
 

@@ -21,7 +21,7 @@ from besiege.core.rng import Rng
 from besiege.core.target import Target
 from besiege.core.threat import INF, Access, Answer, Ball, Goal, ThreatModel
 from besiege.engine.prada import Prada
-from besiege.engine.summary import agree, siege
+from besiege.engine.summary import siege
 from besiege.results.extraction import Theft
 from besiege.results.interval import wilson
 
@@ -119,7 +119,7 @@ def steal(
     Raises:
         BadInput, NotRebuilt: see `extract`.
     """
-    agree(target, judged)
+    target.takes(judged)
     stolen = extract(attack, target, pool, fit, seed=seed, progress=progress)
     both = 0 if attack.card.exact else judged.shared(pool)
     overlap = [f"{both} of the {len(judged)} images that judge are among those that it may ask about"] if both else []

@@ -312,12 +312,7 @@ def _fits(attack: Attack, target: Target, images: Images, lens: Through | None) 
         raise BadInput(
             f"{attack.name} needs {needs.name.lower()}, but {target.name} grants {target.access.name.lower()}"
         )
-    if images.shape != target.shape:
-        raise BadInput(f"the images are {images.shape} (c, h, w), but {target.name} takes {target.shape}")
-    if int(images.y.max()) >= target.classes:
-        raise BadInput(
-            f"label {int(images.y.max())} is out of range: {target.name} has classes 0 to {target.classes - 1}"
-        )
+    target.takes(images)
 
 
 def _both(members: Images, others: Images) -> Images:

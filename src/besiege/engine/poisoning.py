@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -220,8 +219,8 @@ class _Scene:
             count=int(made.truth.sum()),
             labels_changed=int(labels.sum()),
             untouched=untouched,
-            data=digest(made.images),
-            data_twin=digest(self.images),
+            data=made.images.digest,
+            data_twin=self.images.digest,
             poisoned=self._measured(target, judged, wanted),
             twin=self._measured(self.twin, judged, wanted),
             seconds=time.monotonic() - began,
@@ -279,7 +278,12 @@ class _Scene:
         return [_median(seen[test.y[rows] == k]) for k in range(self.ground.classes)]
 
     def _twin(self) -> Target:
-        key = (digest(self.images), f"{self.ground.fit}{self.attack if self.card.learner else ''}", self.seed, self.how)
+        key = (
+            self.images.digest,
+            f"{self.ground.fit}{self.attack if self.card.learner else ''}",
+            self.seed,
+            self.how,
+        )
         if key not in self.ground.twins:
             self.ground.twins[key] = self._learned(self.images)
         return self.ground.twins[key]
@@ -352,18 +356,10 @@ def proven(clean: Images, made: Poisoned, name: str) -> str:
     if not bool(after.x.isfinite().all()) or float(after.x.min()) < 0 or float(after.x.max()) > 1:
         raise BadOutcome(f"{name}: a poisoned image leaves [0, 1]")
     kept = ~made.truth[:n]
-    before, left = digest(clean[kept]), digest(after[:n][kept])
+    before, left = clean[kept].digest, after[:n][kept].digest
     if before != left:
         raise BadOutcome(f"{name}: it has changed training images that it does not name")
     return left
-
-
-def digest(images: Images) -> str:
-    """A digest of numbers, pixels and labels."""
-    told = hashlib.blake2b(digest_size=16)
-    for part in (images.index, images.x, images.y):
-        told.update(part.cpu().contiguous().numpy().tobytes())
-    return told.hexdigest()
 
 
 def _copied(target: Target) -> Target:

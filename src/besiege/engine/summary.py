@@ -10,7 +10,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from besiege.core.errors import BadInput
 from besiege.core.images import Images
 from besiege.core.method import Attack
 from besiege.core.target import Execution, Target
@@ -18,20 +17,6 @@ from besiege.core.threat import INF, NORM_NAMES, ThreatModel
 from besiege.engine.evasion import Lensing, Outcome, evade
 from besiege.engine.judge import Verdict, judge
 from besiege.results.record import AccessName, Norm, Record, Rows, Threat, figures
-
-
-def agree(target: Target, images: Images) -> None:
-    """Check that ``target`` takes ``images`` and knows their labels.
-
-    Raises:
-        BadInput: it does not.
-    """
-    if images.shape != target.shape:
-        raise BadInput(f"the images are {images.shape} (c, h, w), but {target.name} takes {target.shape}")
-    if int(images.y.max()) >= target.classes:
-        raise BadInput(
-            f"label {int(images.y.max())} is out of range: {target.name} has classes 0 to {target.classes - 1}"
-        )
 
 
 def siege(
