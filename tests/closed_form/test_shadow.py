@@ -14,7 +14,7 @@ from besiege.core.lens import Bpda
 from besiege.core.rng import Rng
 from besiege.core.target import Target
 from besiege.core.threat import INF, Access, Ball, ThreatModel
-from besiege.defenses.input.randomized_smoothing import certify, randomized_smoothing, softened
+from besiege.defenses.input.randomized_smoothing import Smoothed, certify, randomized_smoothing
 from besiege.engine.evasion import evade
 
 
@@ -69,15 +69,16 @@ def test_a_change_in_grey_is_the_same_in_all_channels() -> None:
 
 def test_a_certificate_is_spoofed_where_a_small_change_gets_none() -> None:
     given, sigma, radius = images(), 0.25, 0.2
-    smooth = randomized_smoothing(TARGET, given, Rng.of(0, torch.arange(4), "votes"), sigma=sigma, radius=radius)
-    stand_in = softened(TARGET, Rng.of(1, torch.arange(4), "copies"), sigma=sigma, samples=50, radius=radius)
+    votes = randomized_smoothing(sigma=sigma, radius=radius).bound()
+    smooth = votes(TARGET, given, Rng.of(0, torch.arange(4), "votes"))
+    stand_in = Smoothed(TARGET, sigma=sigma, samples=50, radius=radius)
     threat = ThreatModel(Access.GRADIENTS, Ball(INF, 1.0))
     found = evade(shadow(), TARGET, given, threat)
     assert bool(found.success.all())
     near = certify(TARGET, found.adv, Rng.of(2, torch.arange(4), "near"), sigma=sigma, samples=2000)
     assert bool((near.radius < radius).any())
     known = replace(smooth, access=Access.GRADIENTS)  # to whoever knows the defense
-    spoofed = evade(shadow(), known, given, threat, lens=lambda meter, x, rng: Bpda(meter, stand_in))
+    spoofed = evade(shadow(), known, given, threat, lens=lambda meter, x, rng: Bpda(meter, stand_in.softened))
     assert bool(spoofed.success.all())
     held = certify(TARGET, spoofed.adv, Rng.of(3, torch.arange(4), "held"), sigma=sigma, samples=2000)
     assert held.label.tolist() == [1] * 4
