@@ -141,10 +141,10 @@ def _hopeful(oracle: Oracle, past: Tensor, best: Tensor, generation: int) -> Ten
     """The rows that are worth more questions, given the lowest losses ``best`` (n,) so far.
 
     ``past`` (n, window) holds what was left of the way in each of as many last generations, and is brought up to
-    date. An image is given up where a window has brought less than a quarter of what is left.
+    date. An image is given up where a window has brought no more than a quarter of what is left.
     """
     slot, left = generation % past.shape[1], _left(oracle, best)
-    hopeful = past[:, slot] - left >= left.clamp_min(0) / 4
+    hopeful = past[:, slot] - left > left.clamp_min(0) / 4
     if generation < past.shape[1]:
         hopeful = torch.ones_like(hopeful)
     past[:, slot] = left
