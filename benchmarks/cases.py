@@ -191,8 +191,8 @@ CASES = (
     Case("simba", "A", "l2:8", {"step": 0.2, "basis": "pixel"}, queries=2000, laps=1, images=50),
     Case("simba", "B", "l2:8", {"step": 0.2, "basis": "dct"}, queries=2000, laps=1, images=20),
     # 2,000 queries are the peers' 400 members and four generations of them.
-    Case("one-pixel", "B", "l0:1", {"patience": 700}, queries=2000, laps=1, images=20),
-    Case("one-pixel", "B", "l0:3", {"patience": 700}, queries=2000, laps=1, images=20),
+    Case("one-pixel", "B", "l0:1", {"population": 30, "patience": 700}, queries=2000, laps=1, images=20),
+    Case("one-pixel", "B", "l0:3", {"population": 30, "patience": 700}, queries=2000, laps=1, images=20),
     Case("few-pixel", "B", "l0:5", {"patience": 700}, queries=2000, laps=1, images=20),
     # 2,300 and 2,800 queries are the peer's 100 generations, its default.
     Case("threshold", "A", "linf:32/255", queries=2300, laps=1, images=20),

@@ -244,7 +244,7 @@ def measure(field: str, images: int, only: Sequence[str], keep: Path) -> None:
             starts=clean.x[:100],
             progress=lambda what: print(what, file=sys.stderr, flush=True),
         )
-        path.write_text(record.json_text())
+        path.write_text(record.model_dump_json() + "\n")
         if name == "adversarial-training" and held.weights and made.defended.module is not None:
             save_file(made.defended.module.state_dict(), keep / held.weights)
         print("\n".join(lines(record, held.defenses[name])), file=sys.stderr, flush=True)

@@ -1,26 +1,28 @@
 """Poisoning methods beside clean twins: accuracy, success and its floor, at several rates and seeds.
 
-``python -m benchmarks.poisoning > docs/poisoning.md`` tells on stderr how far it is and prints the page at the end.
-Needs the shared data. ``--sets``, ``--fit``, ``--images``, ``--epochs``, ``--seeds``, ``--grid`` and ``--methods`` say
-how much; a row that benchmarks/records holds is not measured again.
+``python -m benchmarks.poisoning > docs/poisoning.md`` tells on stderr how far it is and prints the page of all records
+in the end: each method on each set leaves one in benchmarks/records and is not measured again. Needs the shared data;
+about four hours on one core.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from benchmarks import RECORDS
 from benchmarks.networks import folder
 from benchmarks.prepare import mosaics
 from besiege.core.fit import Fit
 from besiege.core.images import Images
-from besiege.core.method import configured, method
+from besiege.core.method import Attack, make
 from besiege.data import open_images
 from besiege.embedded.recipes import recipe
 from besiege.engine.poisoning import Ground, Twins, poison
@@ -31,36 +33,60 @@ PAGE = """# Poisoning
 Each poisoned model is trained beside a clean twin: the same recipe, first weights, order of images and draws, on images
 that differ in the poisoned rows alone (a digest of all other rows, taken of both sets, is in every record, and a
 difference is an error). Success is the share of test images of other classes that, with the trigger, get the target
-class (0); the twin's is the floor. Without a trigger see the method. In brackets are Wilson's intervals at 95 %, each
-test image counted once; figures are means over seeds {seeds}. All images are of 8 bits.
+class; the twin's is the floor. Without a trigger see the method. In brackets are Wilson's intervals at 95 %, each
+test image counted once; figures are means over the seeds. The images that hide the others (adap-blend, adap-patch)
+count as poisoned. All images are of 8 bits. On one thread, trained in bfloat16: `python -m benchmarks.poisoning`.
+Feature collision, the polytopes and support vector machines are in [toxic.md](toxic.md).
 
-{images} training images (drawn by seed 0) and {judged} test images of each set, {epochs} epochs of the recipe that is
-named; {seconds:.0f} CPU seconds on one thread: `{command}`.
+| data | training images | test images | trained | target class |
+|---|---:|---:|---|---:|"""
 
-The sets are small, so a rate is few images: what is learned from 0.1 % of 50,000 images is not learned from two. Of
-MNIST, Fashion-MNIST, GTSRB and CIFAR-10 (`--sets`) and of the recipes (`--fit`) this covers those in the table alone.
-The images that hide the others (adap-blend, adap-patch) count as poisoned.
+TABLE = """
+| data | method | poisoned | clean accuracy | of the twin | success | of the twin | seeds | CPU s |
+|---|---|---:|---:|---:|---:|---:|---:|---:|"""
 
-| data, recipe | method | poisoned | clean accuracy | of the twin | success | of the twin |
-|---|---|---:|---:|---:|---:|---:|"""
 
-GRID = (("badnets", {}), ("blended", {}))
+@dataclass(frozen=True)
+class Field:
+    """A set: how many images, who learns from them, the class that is aimed at, and the seeds outside the grid.
+
+    The recipes move images less than elsewhere, so that a trigger in a corner stays in the picture.
+    """
+
+    images: int
+    fit: Fit
+    target_class: int = 0
+    seeds: int = 3
+    judged: int = 2000
+
+
+FIELDS = {
+    "mnist": Field(20_000, replace(recipe("cnn"), epochs=6, bfloat16=True)),
+    "gtsrb32": Field(7842, replace(recipe("resnet9"), epochs=6, flip=False, shift=0, bfloat16=True), 2, 1),
+    "cifar10": Field(10_000, replace(recipe("resnet9"), epochs=8, shift=1, bfloat16=True), 0, 1),
+}
 RATES = (0.001, 0.005, 0.01, 0.05)
-ONCE: tuple[tuple[str, dict[str, object]], ...] = (
-    ("badnets", {"mode": "all-to-all", "rate": 0.1}),
-    ("blended", {"mode": "accessory", "rate": 0.01}),
-    ("label-flip", {"rate": 0.2}),
-    ("label-flip", {"mode": "targeted", "source": 1, "rate": 0.05}),
-    ("label-consistent", {"rate": 0.05}),
-    ("label-consistent", {"rate": 0.05, "eps": 0.0}),
-    ("adap-blend", {"rate": 0.03}),
-    ("adap-patch", {"rate": 0.03}),
-    ("badnets", {"rate": 0.005}),
-    ("input-model-cooptimization", {"rate": 0.005}),
-    ("input-model-cooptimization", {"rate": 0.005, "every": 1}),
-    ("adversarial-embedding", {"rate": 0.05}),
+GRID = (make("badnets"), make("blended"))
+ONCE = (
+    make("badnets", mode="all-to-all", rate=0.1),
+    make("blended", mode="accessory", rate=0.01),
+    make("label-flip", rate=0.2),
+    make("label-flip", mode="targeted", source=1, rate=0.05),
+    make("label-consistent", rate=0.05),
+    make("label-consistent", rate=0.05, eps=0.0),
+    make("adap-blend", rate=0.03),
+    make("adap-patch", rate=0.03),
+    make("input-model-cooptimization", rate=0.005),
+    make("input-model-cooptimization", rate=0.005, every=1),
+    make("adversarial-embedding", rate=0.05),
 )
-RECIPES = {"mnist": "cnn", "fashion_mnist": "cnn", "gtsrb32": "cnn", "cifar10": "resnet9"}
+
+
+class Kept(BaseModel):
+    """What stays of a method on a set, and the CPU seconds that it took."""
+
+    record: PoisonRecord
+    seconds: float
 
 
 def read(name: str, images: int, judged: int) -> tuple[Images, Images]:
@@ -77,71 +103,78 @@ def read(name: str, images: int, judged: int) -> tuple[Images, Images]:
     return drawn[0], drawn[1]
 
 
-def row(name: str, fit: Fit, record: PoisonRecord, part: Cell) -> str:
-    """One line of the table."""
+def measure(name: str, attacks: tuple[Attack, ...]) -> None:
+    """Measure what there is no record of."""
+    field = FIELDS[name]
+    training, judged = read(name, field.images, field.judged)
+    classes, twins = int(max(training.y.max(), judged.y.max())) + 1, Twins()
+    ground = Ground(training, judged, field.fit, classes, field.target_class, probes=0, twins=twins)
+    for attack in attacks:
+        path = _path(name, attack)
+        if path.is_file():
+            continue
+        whole = attack in GRID
+        began = time.process_time()
+        record, _ = poison(attack, replace(ground, rates=RATES if whole else (), seeds=3 if whole else field.seeds))
+        kept = Kept(record=record, seconds=time.process_time() - began)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(kept.model_dump_json() + "\n")
+        print("\n".join(rows(name, kept)), file=sys.stderr, flush=True)
+
+
+def rows(name: str, kept: Kept) -> Iterator[str]:
+    """A line for each rate."""
     told = ("mode", "source", "eps", "every")
+    record = kept.record
     own = ", ".join(f"{key}={value}" for key, value in record.options.items() if key in told and value is not None)
+    method = f"{record.attack}{f' ({own})' if own else ''}"
+    for k, part in enumerate(record.cells):
+        spent = f"{kept.seconds:.0f}" if not k else ""
+        yield f"| {name} | {method} | {' | '.join(_figures(part))} | {len(record.seeds)} | {spent} |"
 
-    def figure(share: float, interval: tuple[float, float]) -> str:
-        return f"{100 * share:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
-    return (
-        f"| {name}, {fit.name} | {record.attack}{f' ({own})' if own else ''} "
-        f"| {part.poison_count:g} ({100 * part.poison_rate:.2g} %) "
-        f"| {figure(part.clean_accuracy, part.clean_interval)} "
-        f"| {figure(part.clean_accuracy_twin, part.clean_interval_twin)} "
-        f"| {figure(part.attack_success, part.success_interval)} "
-        f"| {figure(part.attack_success_twin, part.success_interval_twin)} |"
-    )
+def _figures(part: Cell) -> Iterator[str]:
+    yield f"{part.poison_count:g} ({100 * part.poison_rate:.2g} %)"
+    for share, (low, high) in (
+        (part.clean_accuracy, part.clean_interval),
+        (part.clean_accuracy_twin, part.clean_interval_twin),
+        (part.attack_success, part.success_interval),
+        (part.attack_success_twin, part.success_interval_twin),
+    ):
+        yield f"{100 * share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _path(name: str, attack: Attack) -> Path:
+    said = "-".join([attack.name, *(f"{key}={value}" for key, value in sorted(attack.arguments.items()))])
+    return RECORDS / "poisoning" / name / f"{said}.json"
+
+
+def page() -> Iterator[str]:
+    """The page of all that is kept."""
+    yield PAGE
+    for name, field in FIELDS.items():
+        fit = field.fit
+        yield (
+            f"| {name} | {field.images:,} | {field.judged:,} | {fit.name}, {fit.epochs} epochs | {field.target_class} |"
+        )
+    yield TABLE
+    for name in FIELDS:
+        for attack in (*GRID, *ONCE):
+            path = _path(name, attack)
+            if path.is_file():
+                yield from rows(name, Kept.model_validate_json(path.read_text()))
 
 
 def main() -> None:
-    """Print the page."""
+    """Measure what is missing, and print the page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.poisoning", description=__doc__)
-    parser.add_argument("--sets", default="mnist", help="of mnist, fashion_mnist, gtsrb32, cifar10")
-    parser.add_argument("-n", "--images", type=int, default=2000, help="training images of each set")
-    parser.add_argument("--judged", type=int, default=1000, help="test images of each set")
-    parser.add_argument("--fit", help="a recipe in place of the set's own")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--sets", default=",".join(FIELDS), help=f"of {', '.join(FIELDS)}")
     parser.add_argument("--grid", action="store_true", help="the grid of rates alone")
-    parser.add_argument("--methods", help="of those in the table, these alone")
-    asked = parser.parse_args()
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    rows, spent = [], 0.0
-    keep = RECORDS / "poisoning"
-    keep.mkdir(parents=True, exist_ok=True)
-    for name in asked.sets.split(","):
-        training, judged = read(name, asked.images, asked.judged)
-        fit = replace(recipe(asked.fit or RECIPES[name]), epochs=asked.epochs)
-        classes, twins = int(max(training.y.max(), judged.y.max())) + 1, Twins()
-        ground = Ground(training, judged, fit, classes, seeds=asked.seeds, probes=0, twins=twins)
-        for attack, options in (*GRID, *(() if asked.grid else ONCE)):
-            if asked.methods is not None and attack not in asked.methods.split(","):
-                continue
-            own = [f"{key}-{value}" for key, value in options.items()]
-            name_of = "-".join([name, fit.name, attack, *own, *map(str, (len(training), fit.epochs, asked.seeds))])
-            kept = keep / f"{name_of}.json"
-            if kept.is_file():
-                found = json.loads(kept.read_text())
-            else:
-                rates, began = () if options else RATES, time.process_time()
-                record, _ = poison(configured(method(attack), **options), replace(ground, rates=rates))
-                found = {"rows": [row(name, fit, record, part) for part in record.cells]}
-                found["seconds"] = time.process_time() - began
-                kept.write_text(json.dumps(found) + "\n")
-            rows += found["rows"]
-            spent += found["seconds"]
-            print("\n".join(found["rows"]), file=sys.stderr, flush=True)
-    told = PAGE.format(
-        seeds=f"0 to {asked.seeds - 1}",
-        images=asked.images,
-        judged=asked.judged,
-        epochs=asked.epochs,
-        seconds=spent,
-        command=" ".join(["python -m benchmarks.poisoning", *sys.argv[1:]]),
-    )
-    print("\n".join([told, *rows]))
+    for name in given.sets.split(","):
+        measure(name, GRID if given.grid else (*GRID, *ONCE))
+    print("\n".join(page()))
 
 
 if __name__ == "__main__":

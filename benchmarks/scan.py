@@ -79,10 +79,10 @@ class Field:
 
 
 FIELDS = {
-    "mnist": Field(8000, replace(recipe("cnn"), epochs=6)),
-    "gtsrb32": Field(7842, replace(recipe("resnet9"), epochs=6, flip=False, shift=0), 2, 0.2),
-    "cifar10": Field(10_000, replace(recipe("resnet9"), epochs=8, shift=1)),
-    "tinyimagenet32": Field(8000, replace(recipe("resnet9"), epochs=8, shift=1), 0, 0.2),
+    "mnist": Field(8000, replace(recipe("cnn"), epochs=6, bfloat16=True)),
+    "gtsrb32": Field(7842, replace(recipe("resnet9"), epochs=6, flip=False, shift=0, bfloat16=True), 2, 0.2),
+    "cifar10": Field(10_000, replace(recipe("resnet9"), epochs=8, shift=1, bfloat16=True)),
+    "tinyimagenet32": Field(8000, replace(recipe("resnet9"), epochs=8, shift=1, bfloat16=True), 0, 0.2),
 }
 ATTACKS: dict[str, dict[str, Any]] = {
     "badnets": {},

@@ -85,6 +85,20 @@ def test_rows_that_agree_are_drawn_alike():
     assert ((first != second).flatten(1).any(1)).sum() == 1
 
 
+def test_in_bfloat16_the_passes_are_and_the_weights_are_not():
+    seen = set()
+
+    def watch(module, x, y, rng):
+        seen.add(module(x).dtype)
+        return cross_entropy(module, x, y, rng)
+
+    images = blobs()
+    learned = replace(TINY, bfloat16=True, loss=watch)(images, 3, classes=3)
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in learned.module.parameters()} == {torch.float32}
+    assert (learned.labels(images.x) == images.y).float().mean() > 0.9
+
+
 def test_a_shift_moves_each_image_by_itself_and_fills_with_black():
     fit, found = replace(TINY, epochs=1, shift=1), set()
 

@@ -37,8 +37,8 @@ class Fit:
 
     ``build`` makes the network and ``loss`` is what it minimizes. ``shift`` moves images by up to so many pixels and
     ``flip`` mirrors half of them, each by itself; ``prepare`` sees a batch after that, so that what it stamps on an
-    image stays where it is. Channels lie last in memory meanwhile, which is faster; on a GPU the passes run in
-    bfloat16.
+    image stays where it is. Channels lie last in memory meanwhile, which is faster; the passes run in bfloat16 on a
+    GPU, and on a CPU where ``bfloat16`` says so: one that knows the format (AVX512-BF16, AMX) takes half the time.
     """
 
     build: Build = field(repr=False)
@@ -51,6 +51,7 @@ class Fit:
     decay: float = 5e-4
     shift: int = 0
     flip: bool = False
+    bfloat16: bool = False
 
     def __call__(
         self,
@@ -108,7 +109,7 @@ class Fit:
             if self.prepare is not None:
                 x, y = self.prepare(x, y, rng)
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16 or device.type == "cuda"):
                 loss = self.loss(module, x, y, rng)
             loss.backward()
             optimizer.step()
