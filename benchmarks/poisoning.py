@@ -22,7 +22,7 @@ from benchmarks.networks import folder
 from benchmarks.prepare import mosaics
 from besiege.core.fit import Fit
 from besiege.core.images import Images
-from besiege.core.method import Attack, make
+from besiege.core.method import Attack, configured, method
 from besiege.data import open_images
 from besiege.embedded.recipes import recipe
 from besiege.engine.poisoning import Ground, Twins, poison
@@ -65,20 +65,26 @@ FIELDS = {
     "gtsrb32": Field(7842, replace(recipe("resnet9"), epochs=6, flip=False, shift=0, bfloat16=True), 2, 1),
     "cifar10": Field(10_000, replace(recipe("resnet9"), epochs=8, shift=1, bfloat16=True), 0, 1),
 }
+
+
+def _with(name: str, **options: object) -> Attack:
+    return configured(method(name), **options)
+
+
 RATES = (0.001, 0.005, 0.01, 0.05)
-GRID = (make("badnets"), make("blended"))
+GRID = (_with("badnets"), _with("blended"))
 ONCE = (
-    make("badnets", mode="all-to-all", rate=0.1),
-    make("blended", mode="accessory", rate=0.01),
-    make("label-flip", rate=0.2),
-    make("label-flip", mode="targeted", source=1, rate=0.05),
-    make("label-consistent", rate=0.05),
-    make("label-consistent", rate=0.05, eps=0.0),
-    make("adap-blend", rate=0.03),
-    make("adap-patch", rate=0.03),
-    make("input-model-cooptimization", rate=0.005),
-    make("input-model-cooptimization", rate=0.005, every=1),
-    make("adversarial-embedding", rate=0.05),
+    _with("badnets", mode="all-to-all", rate=0.1),
+    _with("blended", mode="accessory", rate=0.01),
+    _with("label-flip", rate=0.2),
+    _with("label-flip", mode="targeted", source=1, rate=0.05),
+    _with("label-consistent", rate=0.05),
+    _with("label-consistent", rate=0.05, eps=0.0),
+    _with("adap-blend", rate=0.03),
+    _with("adap-patch", rate=0.03),
+    _with("input-model-cooptimization", rate=0.005),
+    _with("input-model-cooptimization", rate=0.005, every=1),
+    _with("adversarial-embedding", rate=0.05),
 )
 
 

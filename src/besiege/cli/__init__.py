@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -28,19 +29,11 @@ from besiege.core.errors import AccessDenied, BadInput
 DONE, BELOW, BAD_INPUT, INTERNAL, INTERRUPTED = 0, 1, 2, 70, 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(check)
-app.command()(audit)
-app.command()(attack)
-app.command()(defend)
-app.command()(steal)
-app.command()(poison)
-app.command()(scan)
-app.command()(infer)
-app.command()(report)
-app.command()(compare)
-app.command("list")(listing)
-app.command()(show)
-app.command()(bench)
+for command in (check, audit, attack, defend, steal, poison, scan, infer, report, compare, listing, show, bench):
+    # typer would keep the line breaks within a paragraph
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
+    app.command("list" if command is listing else None, help=text)(command)
 
 
 @app.callback(invoke_without_command=True)
