@@ -42,8 +42,7 @@ someone who does, through the defense (a network that was only trained otherwise
 rejection counts as a stop; clean images that it rejects count as lost. Intervals are Wilson's at 95 %. **Fallen**: at
 no more than twice the distance nine tenths as many images fall as before, or no difference shows; weakened: more fall
 than to the unknowing; else not refuted, which does not mean that it held. Attacks without a radius are judged at any
-distance. MagNet's autoencoders are those of its paper's MNIST network, which lose the images of CIFAR-10. In one
-process on one thread: `{command}`.
+distance. In one process on one thread: `{command}`.
 Trapdoors and the UAP rectifier against what they are there for are in [shields.md](shields.md)."""
 
 SECTION = """

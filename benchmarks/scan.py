@@ -47,8 +47,8 @@ is at the detector's own threshold, which never sees the truth, with the false p
 alone at 1 % and 5 %. Means over the seeds; ASR is the attack's success before, and after removal. The review's figures
 stand with the cells that it names: a detection rate, without its false positives.
 
-SVHN and Tiny ImageNet at 64 pixels are not to be had here; Tiny ImageNet is at 32. In one process a set, on one thread:
-`{command}`.
+SVHN and Tiny ImageNet at 64 pixels are not to be had here; Tiny ImageNet is at 32. In one process a set, on one thread,
+trained in bfloat16: `{command}`.
 
 | data | attack | ASR | detector | TPR | FPR | FPR, twin | AUC | F1 | at 1 % | at 5 % | accuracy, then after \
 | ASR after | seeds | review |

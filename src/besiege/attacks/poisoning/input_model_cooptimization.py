@@ -29,31 +29,34 @@ def input_model_cooptimization(
     side: int = 3,
     lr: float = 0.1,
     every: int = 0,
+    wait: float = 0.2,
 ) -> Poisoned:
     """Train on ``rate`` images with a patch of ``side`` pixels, whose colours follow the model (Pang et al. 2020).
 
-    The patch, where `badnets` has it, is grey at first; an Adam of rate ``lr`` moves the tanh of its colours. By itself
-    it follows the slope that comes with the training's own backward pass, from the poisoned images alone, so that the
-    trigger costs no pass. With ``every`` above 0 it moves down the loss of the target class on all images of a batch,
-    once for so many steps of the model; 1 is the paper's alternation, whose trigger costs as many passes as its
-    training.
+    The patch is that of `badnets` at half its contrast until the share ``wait`` of the training is done: a model that
+    does not know it yet drives the colours anywhere, and they stay there. Then an Adam of rate ``lr`` moves the tanh of
+    its colours. By itself it follows the slope that comes with the training's own backward pass, from the poisoned
+    images alone, so that the trigger costs no pass. With ``every`` above 0 it moves down the loss of the target class
+    on all images of a batch, once for so many steps of the model; 1 is the paper's alternation, whose trigger costs as
+    many passes as its training.
 
-    Departs from the paper in that, in that trigger and model take turns by the batch, not by the epoch, and in that the
-    trigger's rate falls to 0, so that the model ends up with the trigger which is handed over. The patch is laid on
-    after the augmentation.
+    Departs from the paper, which goes on from a model that is trained already, in that, in that trigger and model take
+    turns by the batch, not by the epoch, and in that the trigger's rate falls to 0, so that the model ends up with the
+    trigger which is handed over. The patch is laid on after the augmentation.
 
     Raises:
         BadInput: there is no recipe.
     """
     if knows.fit is None:
         raise BadInput("input-model-cooptimization trains the model: it needs a recipe")
-    fit, goal, place = knows.fit, knows.target_class, corner(images.shape, side).mask
+    fit, goal, patch = knows.fit, knows.target_class, corner(images.shape, side)
+    first, place = patch.pattern.to(images.x), patch.mask.to(images.x)
     rows = chosen(images.y != goal, rate, len(images), rng.rand())
     steps = fit.epochs * -(-len(images) // fit.batch)
-    moving = Moving(fit.loss, place.to(images.x), images.shape, goal, knows.classes, lr, every, steps)
+    moving = Moving(fit.loss, first, place, goal, knows.classes, lr, every, wait * steps, steps)
     marked = replace(images, y=images.y.index_fill(0, rows, goal + knows.classes))
     trained = replace(fit, loss=moving)(marked, knows.seed, classes=knows.classes, progress=knows.progress)
-    trigger = Stamp(eight_bits(moving.pattern.detach()), place)
+    trigger = Stamp(eight_bits(moving.pattern.detach()), patch.mask)
     return Poisoned.at(
         images, rows, x=trigger(images.x[rows]), y=goal, trigger=trigger, target_class=goal, module=trained.module
     )
@@ -61,23 +64,24 @@ def input_model_cooptimization(
 
 @dataclass(eq=False)
 class Moving:
-    """What the model minimizes, and the trigger that moves beside it.
+    """What the model minimizes, and the trigger that moves beside it after ``wait`` of the ``steps``.
 
     An image that shall bear the trigger has ``classes`` added to its label.
     """
 
     loss: Objective
+    first: Tensor
     mask: Tensor
-    shape: tuple[int, int, int]
     label: int
     classes: int
     lr: float
     every: int
+    wait: float
     steps: int
     done: int = 0
 
     def __post_init__(self) -> None:
-        self.colours = torch.zeros(self.shape).to(self.mask).requires_grad_()
+        self.colours = torch.atanh(self.first - 0.5).requires_grad_()
         self.adam = torch.optim.Adam([self.colours], self.lr)
 
     @property
@@ -90,13 +94,14 @@ class Moving:
         bears = y >= self.classes
         labels = torch.where(bears, y - self.classes, y)
         self.adam.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * self.done / self.steps)) / 2
-        if self.every and self.done % self.every == 0:
+        moves = self.done >= self.wait
+        if moves and self.every and self.done % self.every == 0:
             self._moved(module, x[labels != self.label])
-        elif not self.every and self.colours.grad is not None:
+        elif self.colours.grad is not None:
             self.adam.step()
             self.adam.zero_grad()
         self.done += 1
-        pattern = self.pattern.detach() if self.every else self.pattern
+        pattern = self.pattern if moves and not self.every else self.pattern.detach()
         stamped = x + self.mask * (pattern - x)
         return self.loss(module, torch.where(bears.view(-1, 1, 1, 1), stamped, x), labels, rng)
 
