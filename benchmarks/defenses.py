@@ -30,9 +30,10 @@ from besiege.core.fit import Fit
 from besiege.core.images import Images
 from besiege.core.method import Attack, configured, make, method
 from besiege.core.target import Target
-from besiege.core.threat import INF, Ball, ThreatModel
+from besiege.core.threat import INF, Norm, ThreatModel
 from besiege.embedded.recipes import recipe
 from besiege.engine.defense import Hardened, measured, trained, wrapped
+from besiege.regions import within
 from besiege.results.defense import Defense, Row
 
 PAGE = """# Evasion defenses, measured
@@ -59,7 +60,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "defenses.md"
 KEPT = RECORDS / "defenses"
 MAP = Path(recommend.__file__).with_name("map.json")
 
-Sent = list[tuple[Attack, Ball]]
+Sent = list[tuple[Attack, ThreatModel]]
 
 
 @dataclass(frozen=True)
@@ -97,28 +98,55 @@ def on_cifar10() -> tuple[Images, Images]:
 def mnist_attacks() -> Sent:
     """In each norm, by gradients and by queries, at 0.3 in L∞ as the papers."""
     return [
-        (make("fgsm"), Ball(INF, 0.3)),
-        (make("pgd", steps=40, restarts=5), Ball(INF, 0.3)),
-        (make("square", iterations=1000), Ball(INF, 0.3)),
-        (make("deepfool"), Ball(2, INF)),
-        (make("cw-l2"), Ball(2, INF)),
-        (make("ead"), Ball(1, INF)),
-        (make("jsma"), Ball(0, INF)),
+        _at("fgsm", INF, 0.3),
+        _at("pgd", INF, 0.3, steps=40, restarts=5),
+        _at("square", INF, 0.3, iterations=1000),
+        _at("deepfool", 2.0),
+        _at("cw-l2", 2.0),
+        _at("ead", 1.0),
+        _at("jsma", 0.0),
+    ]
+
+
+def every_attack() -> Sent:
+    """All that takes grey images and needs no certificate; those that ask have 1,000 questions an image."""
+    return [
+        *(_at(name, INF, 0.3) for name in ("fgsm", "bim", "pgd", "apgd", "houdini", "uap", "targeted-uap")),
+        *(_at(name, 2.0) for name in ("deepfool", "lbfgs", "cw-l2", "newtonfool", "ddn", "fmn", "brendel-bethge")),
+        _at("ead", 1.0),
+        _at("cw-linf", INF),
+        *(_at(name, 0.0) for name in ("jsma", "cw-l0")),
+        _at("wasserstein", "wasserstein", 1.0),
+        _at("square", INF, 0.3, queries=1000, iterations=1000),
+        *(_at(name, INF, 0.3, queries=1000) for name in ("threshold", "upset", "angri", "substitute")),
+        *(_at(name, 2.0, queries=1000) for name in ("boundary", "hopskipjump", "zoo")),
+        _at("simba", 2.0, 4.0, queries=1000, iterations=1000),
+        _at("one-pixel", 0.0, 1, queries=1000),
+        _at("few-pixel", 0.0, 10, queries=1000),
+        _at("spatial", "spatial", 1, queries=1000),
     ]
 
 
 def cifar10_attacks() -> Sent:
     """The eight core attacks, at 8/255 in L∞."""
     return [
-        (make("fgsm"), Ball(INF, 8 / 255)),
-        (make("pgd", steps=20), Ball(INF, 8 / 255)),
-        (make("apgd"), Ball(INF, 8 / 255)),
-        (make("square", iterations=1000), Ball(INF, 8 / 255)),
-        (make("deepfool"), Ball(2, INF)),
-        (make("ddn"), Ball(2, INF)),
-        (make("cw-l2"), Ball(2, INF)),
-        (make("ead"), Ball(1, INF)),
+        _at("fgsm", INF, 8 / 255),
+        _at("pgd", INF, 8 / 255, steps=20),
+        _at("apgd", INF, 8 / 255),
+        _at("square", INF, 8 / 255, iterations=1000),
+        _at("deepfool", 2.0),
+        _at("ddn", 2.0),
+        _at("cw-l2", 2.0),
+        _at("ead", 1.0),
     ]
+
+
+def _at(
+    name: str, norm: Norm, eps: float = INF, *, queries: int | None = None, **options: Any
+) -> tuple[Attack, ThreatModel]:
+    """An attack and where it may look."""
+    attack = make(name, **options)
+    return attack, ThreatModel(attack.card.access, within(norm, eps), queries)
 
 
 FIELDS = {
@@ -138,6 +166,24 @@ FIELDS = {
         },
         mnist_attacks,
         epochs={"adversarial-training": 8},
+    ),
+    "mnist-every": Field(
+        "MNIST, every attack",
+        "The recipe cnn, six epochs on the 60,000 training images (for adversarial training and TRADES twelve)",
+        replace(recipe("cnn"), epochs=6),
+        on_mnist,
+        5000,
+        {
+            "adversarial-training": {"mode": "pgd", "steps": 5, "eps": 0.3},
+            "trades": {"steps": 5, "eps": 0.3},
+            "defensive-distillation": {},
+            "feature-squeezing": {},
+            "magnet": {"epochs": 30},
+            "trapdoor": {},
+            "uap-rectifier": {},
+        },
+        every_attack,
+        epochs={"adversarial-training": 12, "trades": 12},
     ),
     "cifar10": Field(
         "CIFAR-10",
@@ -237,7 +283,7 @@ def measure(field: str, images: int, only: Sequence[str], keep: Path) -> None:
             defense,
             made,
             judged,
-            [(attack, ThreatModel(attack.card.access, ball)) for attack, ball in held.attacks()],
+            held.attacks(),
             make("autoattack"),
             calibration=training if method(name).card.kind == "training" else clean,
             starts=clean.x[:100],

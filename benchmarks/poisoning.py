@@ -38,8 +38,8 @@ test image counted once; figures are means over the seeds. The images that hide 
 count as poisoned. All images are of 8 bits. On one thread, trained in bfloat16: `python -m benchmarks.poisoning`.
 Feature collision, the polytopes and support vector machines are in [toxic.md](toxic.md).
 
-| data | training images | test images | trained | target class |
-|---|---:|---:|---|---:|"""
+| data | training images | test images | trained | peak rate | target class |
+|---|---:|---:|---|---:|---:|"""
 
 TABLE = """
 | data | method | poisoned | clean accuracy | of the twin | success | of the twin | seeds | CPU s |
@@ -51,7 +51,9 @@ class Field:
     """A set: how many images, who learns from them, the class that is aimed at, and the seeds outside the grid.
 
     ``hard`` says how far label-consistent moves images; 0 leaves its trigger alone.
-    The recipes move images less than elsewhere, so that a trigger in a corner stays in the picture.
+    The recipes move images less than elsewhere, so that a trigger in a corner stays in the picture. A rate of 0.2, with
+    which resnet9 learned from GTSRB, is too high for CIFAR-10 where a twentieth of the images bears the checkered
+    patch: 47 % of the test images right, in place of 72.
     """
 
     images: int
@@ -64,7 +66,7 @@ class Field:
 
 FIELDS = {
     "mnist": Field(20_000, replace(recipe("cnn"), epochs=6, bfloat16=True), hard=(0.3, 0.2, 0.0)),
-    "gtsrb32": Field(7842, replace(recipe("resnet9"), epochs=6, flip=False, shift=0, bfloat16=True), 2, 1),
+    "gtsrb32": Field(7842, replace(recipe("resnet9"), epochs=6, flip=False, shift=0, lr=0.2, bfloat16=True), 2, 1),
     "cifar10": Field(10_000, replace(recipe("resnet9"), epochs=8, shift=1, bfloat16=True), 0, 1),
 }
 
@@ -173,7 +175,8 @@ def page() -> Iterator[str]:
     for name, field in FIELDS.items():
         fit = field.fit
         yield (
-            f"| {name} | {field.images:,} | {field.judged:,} | {fit.name}, {fit.epochs} epochs | {field.target_class} |"
+            f"| {name} | {field.images:,} | {field.judged:,} | {fit.name}, {fit.epochs} epochs | {fit.lr} "
+            f"| {field.target_class} |"
         )
     yield TABLE
     for name, field in FIELDS.items():

@@ -134,9 +134,33 @@ def test_the_entropy_is_that_of_the_overlaid_answers():
     shield = made.module
     assert isinstance(shield, Overlaid)
     x = clean.x[3:4]
-    p = torch.stack([Sure()(0.5 * x + 0.5 * over[None]).softmax(1)[0] for over in shield.overlays])
-    expected = -(p * p.log() / math.log(2)).sum(1).mean()
-    assert torch.allclose(shield.entropy(x)[0], expected, atol=1e-5)
+    sums = [x + over[None] for over in shield.overlays]
+    expected = []
+    for laid in (sums[:10], [both.clamp(0, 1) for both in sums[10:]]):
+        p = torch.stack([Sure()(image).softmax(1)[0] for image in laid])
+        expected.append(-torch.special.xlogy(p, p).sum(1).mean() / math.log(2))
+    assert torch.allclose(shield.entropy(x)[0], torch.stack(expected), atol=1e-5)
+
+
+def test_a_trigger_that_one_kind_of_overlay_hides_is_found_by_the_other():
+    class White(nn.Module):
+        """Sure where the first pixel is just white, torn elsewhere: a sum of two images is brighter than that."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            lit = 40 * (x[:, 0, 0, 0] - 1).abs().lt(0.01).to(x)
+            return torch.stack([lit, *[torch.zeros_like(lit)] * 3], 1)
+
+    draw = torch.Generator().manual_seed(0)
+    clean = Images.of(0.1 + 0.3 * torch.rand(200, 1, 4, 4, generator=draw), torch.zeros(200, dtype=torch.int64))
+    target = Target.of(White(), classes=4, shape=(1, 4, 4), name="white")
+    x = clean.x[:20].index_fill(3, torch.tensor(0), 1.0)
+    caught = {}
+    for overlay in ("both", "sum"):
+        made: Target = configured(method("strip"), copies=20, overlay=overlay).bound()(
+            target, clean, Rng.of(0, clean.index, "strip")
+        )
+        caught[overlay] = float((made.answer(x).excess > 0).float().mean())
+    assert caught == {"both": 1.0, "sum": 0.0}
 
 
 def test_a_search_from_the_command_line(tmp_path, capsys):

@@ -99,7 +99,7 @@ FITS = {
     "mlp": Fit(mlp, "mlp", epochs=20, lr=0.05),
     "cnn": Fit(cnn, "cnn", epochs=15, lr=0.05, shift=1),
     "small-cnn": Fit(small_cnn, "small-cnn", epochs=8, lr=0.05, batch=128),
-    "resnet9": Fit(resnet9, "resnet9", epochs=12, lr=0.2, batch=128, shift=4, flip=True),
+    "resnet9": Fit(resnet9, "resnet9", epochs=12, lr=0.05, batch=128, shift=4, flip=True),
     "resnet9-24": Fit(partial(resnet9, width=24), "resnet9-24", epochs=15, lr=0.2, batch=128, shift=4, flip=True),
 }
 """The recipes by the name that ``--fit`` takes."""

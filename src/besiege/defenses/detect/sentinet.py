@@ -138,7 +138,8 @@ def sentinet(
     Departs from the paper: rivals are the next classes of the whole image, not those of segments proposed by selective
     search, and none by default, since on the embedded digits one rival let a quarter to a half of 5x5 triggers pass;
     see `attention` for the map; overlays that bear the class already do not count; the threshold is a quantile of the
-    clean distances, in place of the mean of those above the boundary.
+    clean distances, in place of the mean of those above the boundary, each from a boundary that was fitted to the other
+    half of the images: to its own an image lies nearer than one that comes later.
 
     Raises:
         BadInput: the network has no such map, or there are too few clean images.
@@ -155,8 +156,12 @@ def sentinet(
     with torch.no_grad(), target.ready():
         rest = torch.split(images.x[order[samples:].sort().values], target.batch)
         places = torch.cat([shield.places(part) for part in rest])
+    apart = []
+    for fitted, others in ((places[::2], places[1::2]), (places[1::2], places[::2])):
+        shield.curve.copy_(envelope(fitted))
+        apart.append(shield.above(others))
+    shield.limit.fill_(threshold(torch.cat(apart), rate))
     shield.curve.copy_(envelope(places))
-    shield.limit.fill_(threshold(shield.above(places), rate))
     return shield.target("sentinet")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -12,33 +14,47 @@ from besiege.core.shield import Shield, threshold
 from besiege.core.target import Target
 from besiege.core.threat import Answer
 
-SCALE = 10.0
-"""The entropy, in bits, is multiplied by this to be weighed against a margin of logits."""
+Overlay = Literal["both", "sum", "saturated"]
+
+SCALE = 5.0
+"""The entropy, over a clean image's, is multiplied by this to be weighed against a margin of logits."""
 
 
 class Overlaid(Shield):
     """Answers as the classifier does, and rejects what keeps its class under every clean image laid over it."""
 
     overlays: Tensor
+    usual: Tensor
     limit: Tensor
 
-    def __init__(self, inner: Target, *, copies: int = 100, weight: float = 0.5, rate: float = 0.01) -> None:
+    def __init__(self, inner: Target, *, copies: int = 100, overlay: Overlay = "both", rate: float = 0.01) -> None:
         super().__init__(inner)
-        self.weight = weight
+        self.overlay = overlay
         self.register_buffer("overlays", torch.zeros(copies, *inner.shape))
+        self.register_buffer("usual", torch.ones(2 if overlay == "both" else 1))
         self.register_buffer("limit", torch.tensor(0.0))
 
     def forward(self, x: Tensor) -> Answer:
         """The classifier's scores, and how far the entropy is below its threshold."""
-        return Answer(self.inner.answer(x).scores, SCALE * (self.limit.to(x) - self.entropy(x)))
+        return Answer(self.inner.answer(x).scores, SCALE * (self.limit.to(x) - self.unrest(x)))
+
+    def unrest(self, x: Tensor) -> Tensor:
+        """(n,) the entropy over that of the middle clean image, the lesser of those of both kinds of overlays."""
+        return (self.entropy(x) / self.usual.to(x)).amin(1)
 
     def entropy(self, x: Tensor) -> Tensor:
-        """(n,) the mean entropy, in bits, of the answers to images (n, c, h, w) under each overlay."""
-        laid = ((1 - self.weight) * x[:, None] + self.weight * self.overlays.to(x)).flatten(0, 1)
-        said = torch.cat([self.inner.answer(part).scores for part in torch.split(laid, 8 * self.inner.batch)])
-        log_p = said.log_softmax(1)
+        """(n, kinds) the mean entropy, in bits, of the answers to images (n, c, h, w) under the overlays."""
+        laid = x[:, None] + self.overlays.to(x)
+        if self.overlay == "saturated":
+            laid = laid.clamp(0, 1)
+        elif self.overlay == "both":
+            half = laid.shape[1] // 2
+            laid = torch.cat([laid[:, :half], laid[:, half:].clamp(0, 1)], 1)
+        parts = torch.split(laid.flatten(0, 1), 8 * self.inner.batch)
+        log_p = torch.cat([self.inner.answer(part).scores for part in parts]).log_softmax(1)
         bits = -(log_p.exp() * log_p).sum(1) / torch.log(torch.tensor(2.0))
-        return bits.view(len(x), -1).mean(1).to(x)
+        kinds = bits.view(len(x), -1).to(x).tensor_split(len(self.usual), 1)
+        return torch.stack([kind.mean(1) for kind in kinds], 1)
 
 
 @defense(
@@ -50,20 +66,24 @@ class Overlaid(Shield):
     shield=Overlaid,
 )
 def strip(
-    target: Target, images: Images, rng: Rng, *, copies: int = 100, weight: float = 0.5, rate: float = 0.01
+    target: Target, images: Images, rng: Rng, *, copies: int = 100, overlay: Overlay = "both", rate: float = 0.01
 ) -> Target:
-    """Lay ``copies`` of the clean ``images`` over an input, each with ``weight``, and look at the answers' entropy.
+    """Lay ``copies`` of the clean ``images`` over an input and look at the answers' entropy (Gao et al. 2019).
 
-    Half of the images are laid over; the other half set the threshold, below which ``rate`` of them lie (Gao et al.
-    2019). Departs from the paper in the threshold, which is their own quantile and no normal distribution's, and in
-    ``weight``: its code adds the images up.
+    Half of the images are laid over; the other half set the threshold, below which ``rate`` of them lie: their own
+    quantile, and no normal distribution's. An overlay is the ``sum`` of both images, as in the authors' code.
+
+    Departs from the paper by default, where half of the copies are added so and half are ``saturated``, cut off at 1,
+    and the lesser entropy counts: strokes of twice the white drown a white patch on a drawing, and a photograph that
+    turns white hides it.
     """
     order = rng.rand().argsort()
     half = len(images) // 2
     rows = order[torch.arange(copies, device=order.device) % half]
-    shield = Overlaid(target, copies=copies, weight=weight, rate=rate).to(target.device)
+    shield = Overlaid(target, copies=copies, overlay=overlay, rate=rate).to(target.device)
     shield.overlays.copy_(images.x[rows])
     with torch.no_grad(), target.ready():
         clean = torch.cat([shield.entropy(part) for part in torch.split(images.x[order[half:]], 32)])
-    shield.limit.fill_(-threshold(-clean, rate))
+    shield.usual.copy_(clean.median(0).values.clamp_min(1e-6))
+    shield.limit.fill_(-threshold(-(clean / shield.usual).amin(1), rate))
     return shield.target("strip")
