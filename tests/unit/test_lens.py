@@ -133,6 +133,19 @@ def test_rounding_hides_the_gradient_and_bpda_brings_it_back():
     assert torch.equal(lens.labels(images().x), m.labels(images().x))
 
 
+def test_through_bpda_the_last_try_stands_for_the_images_that_are_left():
+    toy, of = images(24), target()
+    sizes = (0.005, 0.02, 0.2)
+    fell = []
+    for eps in sizes:
+        threat = ThreatModel(Access.GRADIENTS, Ball(INF, eps))
+        plain = evade(make("bim"), of, toy, threat)
+        through = evade(make("bim"), of, toy, threat, lens=lambda m, x, rng: Bpda(m, smooth))
+        assert torch.equal(through.adv, plain.adv) and torch.equal(through.forward, plain.forward)
+        fell.append(float(plain.success.double().mean()))
+    assert fell[0] < 0.3 < fell[-1] < 1
+
+
 def test_straight_through_steps_forwards_and_is_smooth_backwards():
     x = torch.tensor([0.2, 0.7], requires_grad=True)
     y = straight_through(torch.round, lambda t: 3 * t)(x)

@@ -363,7 +363,7 @@ def _run(
             supplied["maps"] = images.maps
         last = attack.bound()(oracle, meter.x, meter.ball, rng, **supplied)
         if last is not None:
-            meter.is_adversarial(last)
+            oracle.is_adversarial(last)
     except Finished:
         pass
 
