@@ -68,8 +68,8 @@ MODES = (
 STACKED = """
 Training all shadow networks at once (`torch.func.vmap` over stacked weights) was measured before it was left out: where
 it gains, a network trains in a second anyway. CPU milliseconds for one step of SGD on a batch of 64, a network,
-{models} networks (dense ones with so many hidden units), and how far the weights of the two ways are apart after {steps}
-steps.
+{models} networks (dense ones with so many hidden units), and how far the weights of the two ways are apart after
+{steps} steps.
 
 | network | one after another | stacked | gain | largest difference of a weight |
 |---|---:|---:|---:|---:|"""

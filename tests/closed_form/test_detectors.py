@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,16 +61,14 @@ def test_a_spectral_score_is_that_of_the_definition():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduce": "pca"}, {"decide": "size"}, {"decide": "exclusion"}, {"method": "dbscan"}]
+    "options", [{}, {"reduce": "pca"}, {"decide": "size"}, {"decide": "silhouette"}, {"method": "dbscan"}]
 )
 def test_clusters_show_what_is_planted(options):
     images, probe, truth = planted()
     found = said("activation-clustering", images, probe, components=4, **options)
     if options.get("decide") == "size":
         found = Suspicion(found.score, found.suspect & (images.y == 1))
-    if options.get("decide") == "exclusion":
-        assert not (found.suspect & (images.y == 1) & ~truth).any()
-    elif options.get("method") == "dbscan":
+    if options.get("method") == "dbscan":
         assert int((found.suspect & truth).sum()) >= POISON - 1
         assert not (found.suspect & ~truth).any()
     else:
@@ -81,6 +80,19 @@ def test_a_clean_class_does_not_fall_apart(options):
     images, probe, _ = planted(clean=True)
     found = said("activation-clustering", images, probe, components=4, **options)
     assert float(found.suspect.float().mean()) <= 0.02
+
+
+def test_exclusion_trains_once_and_lets_go_what_stays_in_its_class():
+    images, probe, truth = planted()
+    trained: list[int] = []
+
+    def build(shape, classes):
+        trained.append(classes)
+        return probe.fit.build(shape, classes)
+
+    asked = replace(probe, fit=replace(probe.fit, build=build))
+    found = said("activation-clustering", replace(images, y=torch.where(truth, 1, images.y)), asked, components=4)
+    assert len(trained) == 1 and not (found.suspect & ~truth).any()
 
 
 def test_exclusion_accuses_a_cluster_that_others_take_for_another_class():
