@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 FEWEST = 20
 """A class with fewer images is not searched."""
 
-APART = 0.1
+APART = 0.15
 """Exclusion asks about smaller clusters from this silhouette on; it is where the paper sees two things in a class."""
 
 
@@ -54,7 +54,7 @@ def activation_clustering(
     ``size`` of the class are suspect, also clusters of what lies in none.
 
     Departs from the paper in that one network is trained without all clusters in question, not one for each, and in
-    that a cluster that is hardly apart, its silhouette below 0.1, is not in question.
+    that a cluster that is hardly apart, its silhouette below 0.15, is not in question.
     """
     seen, y = all_features(probe.target, images.x), images.y
     score, suspect, plane = torch.zeros(len(y)), torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), 2)
