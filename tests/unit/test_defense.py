@@ -142,6 +142,7 @@ def test_a_few_images_do_not_show_that_a_defense_helps():
     record = measure(Steps(target), target).rows[0].undefended
     assert verdict(told(record, 6), told(record, 0), told(record, 3)) == "fallen"
     assert verdict(told(record, 8), told(record, 0), told(record, 2)) != "fallen"
+    assert verdict(told(record, 1), told(record, 0), told(record, 0)) == "not refuted"
 
 
 def test_falling_only_far_away_is_not_falling():

@@ -140,7 +140,9 @@ def worst_of(rows: Sequence[Row]) -> list[Worst]:
 def _shown(
     before: Mapping[int, bool], unknowing: Mapping[int, bool], knowing: Mapping[int, bool], farther: bool = False
 ) -> Verdict:
-    """The verdict on which of the attacked images fell."""
+    """The verdict on which of the attacked images fell; where none fell to who knows, nothing is refuted."""
+    if not any(knowing.values()):
+        return "not refuted"
     most = _share(knowing) >= 0.9 * _share(before)
     if not farther and (most or not _fewer(before, knowing)):
         return "fallen"
