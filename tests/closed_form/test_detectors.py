@@ -61,7 +61,7 @@ def test_a_spectral_score_is_that_of_the_definition():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduce": "pca"}, {"decide": "size"}, {"decide": "silhouette"}, {"method": "dbscan"}]
+    "options", [{}, {"reduce": "pca"}, {"decide": "size"}, {"silhouette": 0.1}, {"method": "dbscan"}]
 )
 def test_clusters_show_what_is_planted(options):
     images, probe, truth = planted()
@@ -91,7 +91,7 @@ def test_exclusion_trains_once_and_lets_go_what_stays_in_its_class():
         return probe.fit.build(shape, classes)
 
     asked = replace(probe, fit=replace(probe.fit, build=build))
-    found = said("activation-clustering", replace(images, y=torch.where(truth, 1, images.y)), asked, components=4)
+    found = said("activation-clustering", images, asked, components=4, decide="exclusion")
     assert len(trained) == 1 and not (found.suspect & ~truth).any()
 
 

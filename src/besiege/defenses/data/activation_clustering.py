@@ -39,22 +39,23 @@ def activation_clustering(
     rng: Rng,
     *,
     method: Literal["kmeans", "dbscan"] = "kmeans",
-    decide: Literal["exclusion", "silhouette", "size"] = "exclusion",
+    decide: Literal["silhouette", "exclusion", "size"] = "silhouette",
     components: int = 10,
     reduce: Literal["ica", "pca"] = "ica",
-    silhouette: float = 0.3,
+    silhouette: float = 0.25,
     size: float = 0.35,
 ) -> Suspicion:
     """Cluster each class's features, reduced to ``components``, and suspect the small clusters of classes fallen apart.
 
     ``kmeans`` makes two clusters (Chen et al. 2018). The smaller, of less than ``size`` of the class, is suspect by
-    ``decide``: where a network that has learned from none of them mostly takes it for other classes (the paper's
-    exclusionary reclassification); where the silhouette of both passes ``silhouette``; or at once. ``dbscan`` is no
-    method of the paper: clusters are what is dense at the knee of the distances to the neighbours, and those below
-    ``size`` of the class are suspect, also clusters of what lies in none.
+    ``decide``: where the silhouette of both passes ``silhouette``; by ``exclusion``, where a network that has learned
+    from none of them mostly takes it for other classes (the paper's exclusionary reclassification, which also accuses
+    rare ways to write a digit); or at once. ``dbscan`` is no method of the paper: clusters are what is dense at the
+    knee of the distances to the neighbours, and those below ``size`` of the class are suspect, also clusters of what
+    lies in none.
 
-    Departs from the paper in that one network is trained without all clusters in question, not one for each, and in
-    that a cluster that is hardly apart, its silhouette below 0.15, is not in question.
+    Departs from the paper in that, for exclusion, one network is trained without all clusters in question, not one for
+    each, and in that a cluster that is hardly apart, its silhouette below 0.15, is not in question.
     """
     seen, y = all_features(probe.target, images.x), images.y
     score, suspect, plane = torch.zeros(len(y)), torch.zeros(len(y), dtype=torch.bool), torch.zeros(len(y), 2)
