@@ -42,7 +42,7 @@ class; the twin's is the floor. Without a trigger see the method. In brackets ar
 test image counted once; figures are means over the seeds. The images that hide the others (adap-blend, adap-patch)
 count as poisoned. *passes* are those of the network for each training image and epoch, forward, where the attacker
 controls the training: 1 is the recipe's own; a wait of 0 and every of 1 is the straightforward alternation. All images
-are of 8 bits. On one thread, trained in bfloat16: `python -m benchmarks.poisoning`.
+are of 8 bits. On one thread, trained in bfloat16 but for the faces: `python -m benchmarks.poisoning`.
 Feature collision, the polytopes and support vector machines are in [toxic.md](toxic.md).
 
 | data | training images | test images | trained | peak rate | target class |

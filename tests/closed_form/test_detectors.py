@@ -13,6 +13,7 @@ from torch import nn
 
 from besiege.cli import run
 from besiege.cli.scan import ALL, OF_A_MODEL
+from besiege.core.errors import BadInput
 from besiege.core.fit import Fit
 from besiege.core.images import Images
 from besiege.core.method import configured, method
@@ -122,11 +123,11 @@ class Sure(nn.Module):
         return torch.stack([lit, torch.zeros_like(lit), torch.zeros_like(lit), torch.zeros_like(lit)], 1)
 
 
-def guarded(rate: float = 0.05) -> tuple[Target, Images]:
+def guarded(rate: float = 0.05, copies: int = 20) -> tuple[Target, Images]:
     draw = torch.Generator().manual_seed(0)
     clean = Images.of(0.8 * torch.rand(200, 1, 4, 4, generator=draw), torch.zeros(200, dtype=torch.int64))
     target = Target.of(Sure(), classes=4, shape=(1, 4, 4), name="sure")
-    made: Target = configured(method("strip"), copies=20, rate=rate).bound()(
+    made: Target = configured(method("strip"), copies=copies, rate=rate).bound()(
         target, clean, Rng.of(0, clean.index, "strip")
     )
     return made, clean
@@ -141,17 +142,24 @@ def test_an_answer_that_stays_sure_is_a_triggers():
     assert 0.01 <= rejected <= 0.12
 
 
-def test_the_entropy_is_that_of_the_overlaid_answers():
-    made, clean = guarded()
+@pytest.mark.parametrize("copies", [2, 19, 20])
+def test_the_entropy_is_that_of_the_overlaid_answers(copies):
+    made, clean = guarded(copies=copies)
     shield = made.module
     assert isinstance(shield, Overlaid)
     x = clean.x[3:4]
     sums = [x + over[None] for over in shield.overlays]
     expected = []
-    for laid in (sums[:10], [both.clamp(0, 1) for both in sums[10:]]):
+    half = copies - copies // 2
+    for laid in (sums[:half], [both.clamp(0, 1) for both in sums[half:]]):
         p = torch.stack([Sure()(image).softmax(1)[0] for image in laid])
         expected.append(-torch.special.xlogy(p, p).sum(1).mean() / math.log(2))
     assert torch.allclose(shield.entropy(x)[0], torch.stack(expected), atol=1e-5)
+
+
+def test_one_overlay_is_refused():
+    with pytest.raises(BadInput, match="2 images over at least, not 1"):
+        guarded(copies=1)
 
 
 def test_a_trigger_that_one_kind_of_overlay_hides_is_found_by_the_other():

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from besiege.core.errors import BadInput
 from besiege.core.images import Images
 from besiege.core.method import defense
 from besiege.core.rng import Rng
@@ -48,8 +49,8 @@ class Overlaid(Shield):
         if self.overlay == "saturated":
             laid = laid.clamp(0, 1)
         elif self.overlay == "both":
-            half = laid.shape[1] // 2
-            laid = torch.cat([laid[:, :half], laid[:, half:].clamp(0, 1)], 1)
+            plain, cut = laid.tensor_split(2, 1)
+            laid = torch.cat([plain, cut.clamp(0, 1)], 1)
         parts = torch.split(laid.flatten(0, 1), 8 * self.inner.batch)
         log_p = torch.cat([self.inner.answer(part).scores for part in parts]).log_softmax(1)
         bits = -(log_p.exp() * log_p).sum(1) / torch.log(torch.tensor(2.0))
@@ -76,7 +77,12 @@ def strip(
     Departs from the paper by default, where half of the copies are added so and half are ``saturated``, cut off at 1,
     and the lesser entropy counts: strokes of twice the white drown a white patch on a drawing, and a photograph that
     turns white hides it.
+
+    Raises:
+        BadInput: there are fewer than 2 copies, or of images.
     """
+    if copies < 2 or len(images) < 2:
+        raise BadInput(f"strip lays 2 images over at least, not {min(copies, len(images))}; raise copies or give more")
     order = rng.rand().argsort()
     half = len(images) // 2
     rows = order[torch.arange(copies, device=order.device) % half]
