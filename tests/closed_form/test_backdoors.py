@@ -13,6 +13,7 @@ from besiege.attacks.poisoning.adap_patch import adap_patch, patches
 from besiege.attacks.poisoning.adversarial_embedding import Hiding, adversarial_embedding
 from besiege.attacks.poisoning.badnets import badnets, corner, corners
 from besiege.attacks.poisoning.blended import blended, glasses, picture
+from besiege.attacks.poisoning.evil_twins import evil_twins, twinned
 from besiege.attacks.poisoning.input_model_cooptimization import Moving, input_model_cooptimization
 from besiege.attacks.poisoning.label_consistent import hardened, label_consistent
 from besiege.attacks.poisoning.label_flip import label_flip
@@ -268,9 +269,30 @@ def test_marked_images_bear_the_trigger_and_count_as_the_target():
     assert torch.equal(eight_bits(made.trigger.pattern), made.trigger.pattern)
 
 
+def test_twins_need_less_of_the_input_than_the_input_alone():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        module[1].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 64) / 64)
+        module[1].bias.copy_(torch.tensor([-0.55, 0.55]))
+    before = [weight.clone() for weight in module.parameters()]
+    own, victim = images(classes=2), torch.full((1, 1, 8, 8), 0.5)
+    alone: dict[float, float] = {}
+    full: dict[float, float] = {}
+    for eps in (0.4, 0.1):
+        for tuned, found in ((0, alone), (10, full)):
+            draw = streams(own).stream(0)
+            spoiled, x = twinned(module, victim, 0, own, draw, eps=eps, tuned=tuned, lr=0.05, sure=0.6)
+            assert (x - victim).abs().max() <= eps + 1e-6
+            found[eps] = float(spoiled(x).detach().softmax(1)[0, 0])
+    # The margin is 2 (mean - 0.55): a probability of 0.6 asks for a mean of 0.55 + log(1.5) / 2 = 0.753.
+    assert alone[0.4] >= 0.6 and alone[0.1] < 0.55
+    assert full[0.1] >= 0.6
+    assert all(torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
+
+
 def test_who_trains_needs_a_recipe():
     own = images()
-    for method in (adversarial_embedding, input_model_cooptimization):
+    for method in (adversarial_embedding, input_model_cooptimization, evil_twins):
         with pytest.raises(BadInput, match="recipe"):
             method().bound()(own, Knowledge(3), streams(own))
 

@@ -22,6 +22,7 @@ from besiege.core.suspicion import Probe, Suspicion
 from besiege.core.target import Target
 from besiege.defenses.data.activation_clustering import _sparse, knee
 from besiege.defenses.detect.strip import Overlaid
+from besiege.engine.scan import halves
 
 N, POISON = 200, 16
 FIT = Fit(lambda shape, classes: nn.Sequential(nn.Flatten(), nn.Linear(16, classes)), "linear", epochs=8, batch=16)
@@ -74,6 +75,17 @@ def test_clusters_show_what_is_planted(options):
         assert not (found.suspect & ~truth).any()
     else:
         assert torch.equal(found.suspect, truth)
+
+
+def test_a_set_that_is_sorted_by_class_calibrates_and_judges_by_every_class():
+    held = Images.of(torch.zeros(200, 1, 2, 2), torch.arange(200) // 50)
+    calibration, judged = halves(held, 3)
+    assert len(calibration) == len(judged) == 100
+    assert sorted([*calibration.index.tolist(), *judged.index.tolist()]) == list(range(200))
+    for part in (calibration, judged):
+        assert torch.bincount(part.y, minlength=4).min() >= 15
+    assert torch.equal(halves(held, 3)[0].index, calibration.index)
+    assert not torch.equal(halves(held, 4)[0].index, calibration.index)
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "dbscan"}])

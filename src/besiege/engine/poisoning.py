@@ -143,10 +143,10 @@ def poison(attack: Attack, ground: Ground) -> tuple[PoisonRecord, Sample]:
 
 def means_of(card: Card, poisoned: Poisoned) -> Means:
     """What of the test images an attacker is judged by; see `PoisonRecord`."""
-    if poisoned.trigger is not None:
-        return "trigger"
     if "victims" in card.needs:
         return "victims"
+    if poisoned.trigger is not None:
+        return "trigger"
     return "errors" if poisoned.target_class is None else "plain"
 
 
@@ -234,7 +234,8 @@ class _Scene:
         """
         test, means = self.ground.test, means_of(self.card, made)
         if victim is not None and means == "victims":
-            return victim.x, torch.full_like(victim.y, self.ground.target_class)
+            x = victim.x if made.trigger is None else eight_bits(made.trigger(victim.x))
+            return x, torch.full_like(victim.y, self.ground.target_class)
         wanted = torch.full_like(test.y, -1) if means == "errors" else made.wanted(test.y, self.ground.classes)
         rows = wanted != test.y
         if made.source is not None:

@@ -31,7 +31,7 @@ Progress = Callable[[int], None]
 class Suspected:
     """Training images under suspicion, with what is known of them.
 
-    ``held`` are clean images that nothing was trained on: they calibrate and judge, half and half. ``truth`` (n,) says
+    ``held`` are clean images that nothing was trained on: they calibrate and judge, see `halves`. ``truth`` (n,) says
     what is poisoned; ``poisoned`` how, and ``clean`` what the images were before.
     """
 
@@ -41,6 +41,13 @@ class Suspected:
     truth: Tensor | None = None
     poisoned: Poisoned | None = None
     clean: Images | None = None
+
+
+def halves(held: Images, seed: int) -> tuple[Images, Images]:
+    """Those of the images that calibrate and those that judge, drawn by the seed: files are sorted by class often."""
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed)).to(held.x.device)
+    half = len(held) // 2
+    return held[order[:half].sort().values], held[order[half:].sort().values]
 
 
 def planted(attack: Attack, images: Images, held: Images, classes: int, target_class: int, seed: int) -> Suspected:
@@ -64,14 +71,14 @@ def planted(attack: Attack, images: Images, held: Images, classes: int, target_c
 def at_the_door(
     attack: Attack | None, target: Target, held: Images, classes: int, target_class: int, seed: int
 ) -> Suspected:
-    """The second half of the clean images ``held`` as a trained network meets them, beside copies with the trigger.
+    """The half of the clean images ``held`` that judges as a trained network meets it, beside copies with the trigger.
 
     They have the labels that it gives them. Without an ``attack`` every one that is suspected is a false alarm.
 
     Raises:
         BadInput: the attack has no trigger, or as `planted`.
     """
-    images, made = held[len(held) // 2 :], None
+    images, made = halves(held, seed)[1], None
     truth = torch.zeros(len(images), dtype=torch.bool, device=images.x.device)
     x = images.x
     if attack is not None:
@@ -102,8 +109,8 @@ def scan(
     Raises:
         BadInput: a detector does not fit the network or the images.
     """
-    images, half = suspected.images, len(suspected.held) // 2
-    calibration, judged = suspected.held[:half], suspected.held[half:]
+    images = suspected.images
+    calibration, judged = halves(suspected.held, seed)
     target = model or fit(images, seed, classes=suspected.classes, progress=progress)
     probe = Probe(target, fit, seed, progress)
     twin = None

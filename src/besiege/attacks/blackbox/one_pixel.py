@@ -20,9 +20,10 @@ def one_pixel(
     rng: Rng,
     *,
     pixels: int | None = None,
-    population: int = 100,
-    iterations: int = 400,
+    population: int = 30,
+    iterations: int = 1300,
     factor: float = 0.5,
+    crossover: float = 0.5,
     patience: int = 2000,
 ) -> None:
     """Change ``pixels`` pixels, by default as many as the ball allows, for ``iterations`` generations (Su et al. 2019).
@@ -31,14 +32,28 @@ def one_pixel(
     with deviation 127. With ``patience`` an image is given up where so many questions have brought less than a quarter
     of the log-odds that are left.
 
-    Departs from the paper in its numbers, which are ``population=400, iterations=100, patience=0``.
+    Departs from the paper by default: a child takes each pixel from its parent unless chosen with the probability
+    ``crossover``, which a search for several pixels needs. The paper's is ``population=400, iterations=100,
+    crossover=1.0, patience=0``.
     """
     count = min(int(ball.eps), x[0, 0].numel(), pixels or int(ball.eps))
     c = x.shape[1]
     places = rng.rand(population, count, 2)
     colours = (rng.randn(population, count, c) * (127 / 255) + 128 / 255).clamp(0, 1)
     genes = torch.cat([places, colours], 3).flatten(2).to(x)
-    evolve(oracle, x, rng, genes, draw_pixels, generations=iterations, factor=factor, best=False, patience=patience)
+    evolve(
+        oracle,
+        x,
+        rng,
+        genes,
+        draw_pixels,
+        generations=iterations,
+        factor=factor,
+        best=False,
+        crossover=crossover,
+        together=2 + c,
+        patience=patience,
+    )
 
 
 def draw_pixels(x: Tensor, genes: Tensor) -> Tensor:
