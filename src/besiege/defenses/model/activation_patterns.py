@@ -100,7 +100,8 @@ def activation_patterns(
 
     - entropy: those whose inputs over the suspect ``images`` (a training set) have an entropy of less than their
       layer's mean by more than ``deviations`` standard deviations (Zheng et al., NeurIPS 2022): images with a trigger
-      form a heap of their own, and two heaps are less disordered than one;
+      form a heap of their own, and two heaps are less disordered than one; ``epochs`` above 0 trains on with the images
+      that `suspicion` does not name;
     - fine-pruning: those of the last convolution that clean ``images`` drive least, one after another until the
       accuracy on a held-out fifth of them would fall by more than ``drop`` (Liu et al. 2018). Its authors train on
       afterwards, which ``epochs`` above 0 does, on the other images.
@@ -120,7 +121,8 @@ def activation_patterns(
         _fine_prune(pruned, images[~held], images[held], drop)
     if epochs:
         fit = Fit(lambda shape, classes: twin, target.name, epochs=epochs, lr=lr)
-        fit(images[~held], int(rng.keys[0]) & 0xFFFF, classes=target.classes, start=twin)
+        kept = ~held if mode == "fine-pruning" else ~suspicion(target, images).suspect
+        fit(images[kept], int(rng.keys[0]) & 0xFFFF, classes=target.classes, start=twin)
     return replace(pruned, name=f"pruned {target.name}", fingerprint=fingerprint(twin))
 
 
