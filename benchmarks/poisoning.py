@@ -38,11 +38,12 @@ PAGE = """# Poisoning
 Each poisoned model is trained beside a clean twin: the same recipe, first weights, order of images and draws, on images
 that differ in the poisoned rows alone (a digest of all other rows, taken of both sets, is in every record, and a
 difference is an error). Success is the share of test images of other classes that, with the trigger, get the target
-class; the twin's is the floor. Without a trigger see the method. In brackets are Wilson's intervals at 95 %, each
-test image counted once; figures are means over the seeds. The images that hide the others (adap-blend, adap-patch)
-count as poisoned. *passes* are those of the network for each training image and epoch, forward, where the attacker
-controls the training: 1 is the recipe's own; a wait of 0 and every of 1 is the straightforward alternation. All images
-are of 8 bits. On one thread, trained in bfloat16 but for the faces: `python -m benchmarks.poisoning`.
+class; the twin's is the floor. Without a trigger see the method. In brackets are Wilson's intervals at 95 %, each test
+image counted once; figures are means over the seeds. The images that hide the others (adap-blend, adap-patch) count as
+poisoned. *passes* are those of the network for each training image and epoch, forward, where the attacker controls the
+training (counted on MNIST, for co-optimization): 1 is the recipe's own; a wait of 0 and every of 1 is the
+straightforward alternation, whose trigger passes over all images but those of the target class. All images are of 8
+bits. On one thread, trained in bfloat16 but for the faces: `python -m benchmarks.poisoning`.
 Feature collision, the polytopes and support vector machines are in [toxic.md](toxic.md).
 
 | data | training images | test images | trained | peak rate | target class |
