@@ -197,6 +197,9 @@ CURVES = (
 )
 
 
+HEADS = {"tpr": "TPR", "fpr": "FPR", "auc": "AUC", "f1": "F1", "asr": "ASR", "asr_after": "ASR after"}
+
+
 def main() -> None:
     """Print the page."""
     argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__).parse_args()
@@ -206,7 +209,7 @@ def main() -> None:
         PAGE.format(images=FIELD.images, fit=fit.name, epochs=fit.epochs, calibration=CALIBRATION, judged=JUDGED),
     ]
     for title, what, rows, columns in CURVES:
-        heads = " | ".join(column.replace("_", " ").replace("tpr", "TPR").replace("fpr", "FPR") for column in columns)
+        heads = " | ".join(HEADS.get(column, column.replace("_", " ")) for column in columns)
         page += ["", f"## {title}", "", f"| {what} | {heads} |", "|---|" + "---:|" * len(columns)]
         for name, row in rows(ground):
             page.append(f"| {name} | {' | '.join(shown(column, row.get(column)) for column in columns)} |")

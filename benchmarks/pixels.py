@@ -24,7 +24,7 @@ PAGE = """# A few pixels
 The share of {n} CIFAR-10 images, all of which a ResNet-20 classifies correctly, that falls when so many pixels change:
 our defaults, with the queries of an image that fell (median) and of all (mean), and CPU seconds an image. `patience`
 gives an image up that comes no nearer; 0 searches to the end, 40,000 queries, as the papers do. The union counts what
-either of the two brings down (`one-pixel+few-pixel` on the command line). Beside them what Hyperparticle's
+either of the two brings down (`one-pixel|few-pixel` on the command line). Beside them what Hyperparticle's
 one-pixel-attack-keras reports for a ResNet of its own, untargeted, after as many queries as with a patience of 0.
 In one process on one thread: `{command}`.
 
