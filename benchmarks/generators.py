@@ -49,8 +49,9 @@ def row(target: Target, training: Images, judged: Images, eps: float, method: st
         sizes.append(float((found.adv - judged.x)[found.success].flatten(1).norm(dim=1).mean()))
         print(f"{target.name} {method} {goal}: {rates[-1]:.3f}", file=sys.stderr, flush=True)
     spent = (time.process_time() - began) / target.classes
+    radius = f"{round(eps * 255)}/255" if abs(eps * 255 - round(eps * 255)) < 1e-6 else f"{eps:g}"
     return (
-        f"| {target.name}, {round(eps * 255)}/255 | {method} | {statistics.fmean(rates):.3f} | {min(rates):.3f} "
+        f"| {target.name}, {radius} | {method} | {statistics.fmean(rates):.3f} | {min(rates):.3f} "
         f"| {max(rates):.3f} | {statistics.fmean(chance):.3f} | {statistics.fmean(sizes):.2f} | {spent:.1f} |"
     )
 
