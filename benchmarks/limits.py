@@ -32,7 +32,8 @@ PAGE = """# Where the detectors of Table 6 stop
 MNIST, {images:,} training images, the recipe `{fit}` for {epochs} epochs, seed 0. The trigger is a patch of 3 pixels in
 a corner and poison a tenth of the target class, unless a row says otherwise. What stands before the network is
 calibrated on {calibration:,} clean test images and judged on {judged} others; activation patterns prune, and train on
-for two epochs, as in [table6.md](table6.md); ASR is the attack's success before, and after. In one process on one thread: `python -m benchmarks.limits`."""
+for two epochs, as in [table6.md](table6.md); ASR is the attack's success before, and after. In one process on one
+thread: `python -m benchmarks.limits`."""
 
 FIELD = FIELDS["mnist"]
 Row = dict[str, Any]
