@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from besiege.core.errors import BadInput
+from besiege.core.fit import Fit
 from besiege.core.images import Images
 from besiege.core.method import configured, method
 from besiege.core.rng import Rng
@@ -183,6 +184,21 @@ def test_training_on_leaves_pruned_neurons_dead():
     first = patterns(made, images.x)[0]
     assert not first.inputs[:, PLANTED].any()
     assert not torch.equal(made.module[5].weight, planted()[5].weight)
+
+
+def test_it_trains_on_with_what_it_does_not_name(monkeypatch):
+    (images, truth), seen = poisoned(), []
+
+    def learn(fit: Fit, given: Images, *rest: object, **options: object) -> None:
+        seen.append(given)
+
+    monkeypatch.setattr(Fit, "__call__", learn)
+    for mode in ("entropy", "fine-pruning"):
+        configured(method("activation-patterns"), mode=mode, epochs=1).bound()(
+            target(planted()), images, Rng.of(0, images.index, "activation-patterns")
+        )
+    assert torch.equal(seen[0].index, images.index[~truth])
+    assert torch.equal(seen[1].index, images.index[torch.arange(len(images)) % 5 != 0])
 
 
 def test_what_it_cannot_work_with_is_refused():
