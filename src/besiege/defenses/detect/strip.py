@@ -51,7 +51,7 @@ class Overlaid(Shield):
         elif self.overlay == "both":
             plain, cut = laid.tensor_split(2, 1)
             laid = torch.cat([plain, cut.clamp(0, 1)], 1)
-        parts = torch.split(laid.flatten(0, 1), 8 * self.inner.batch)
+        parts = torch.split(laid.flatten(0, 1), self.inner.batch)
         log_p = torch.cat([self.inner.answer(part).scores for part in parts]).log_softmax(1)
         bits = -(log_p.exp() * log_p).sum(1) / torch.log(torch.tensor(2.0))
         kinds = bits.view(len(x), -1).to(x).tensor_split(len(self.usual), 1)
