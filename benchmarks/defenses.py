@@ -152,7 +152,8 @@ def _at(
 FIELDS = {
     "mnist": Field(
         "MNIST",
-        "TRADES' SmallCNN, three epochs on the 60,000 training images (for adversarial training eight, in bfloat16)",
+        "TRADES' SmallCNN, three epochs on the 60,000 training images (for adversarial training eight, before its "
+        "radius grew at the start)",
         replace(recipe("small-cnn"), epochs=3),
         on_mnist,
         5000,
@@ -187,7 +188,8 @@ FIELDS = {
     ),
     "cifar10": Field(
         "CIFAR-10",
-        "A ResNet-9 of width 24, twelve epochs on 20,000 training images (for adversarial training in bfloat16)",
+        "A ResNet-9 of width 24, twelve epochs on 20,000 training images (adversarial training before its radius grew "
+        "at the start)",
         replace(recipe("resnet9-24"), epochs=12),
         on_cifar10,
         2000,
