@@ -295,6 +295,18 @@ def lines(keep: Path) -> Iterator[str]:
                     yield line(name, attack, detector, seeds)
 
 
+def missing(keep: Path) -> str:
+    """What there is no figure of yet."""
+    whole = len(DETECTORS) + 1
+    found = {(name, attack): len(list(keep.glob(f"{name}-{attack}-*-0.json"))) for name in FIELDS for attack in ATTACKS}
+    gaps = [
+        f"{name} with {attack}{'' if not n else f' ({whole - n} of {whole})'}"
+        for (name, attack), n in found.items()
+        if n < whole
+    ]
+    return f"\nNot measured yet: {'; '.join(gaps)}." if gaps else ""
+
+
 def line(name: str, attack: str, detector: str, seeds: list[dict[str, Any]]) -> str:
     """The means over the seeds."""
 
@@ -356,6 +368,8 @@ def main() -> None:
         )
     command = "python -m benchmarks.scan"
     print("\n".join([PAGE.format(judged=JUDGED, command=command), *lines(keep)]))
+    if gaps := missing(keep):
+        print(gaps)
     if (keep / "timing.md").is_file():
         print(TIMING.format(command=command), (keep / "timing.md").read_text().strip(), sep="\n")
 
