@@ -10,6 +10,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.poisoning import read
 from besiege.attacks.poisoning.evil_twins import twinned
 from besiege.core.images import Images
+from besiege.core.method import method
 from besiege.core.poisoned import eight_bits
 from besiege.core.rng import Rng
 from besiege.core.target import Target
@@ -44,15 +46,20 @@ def alone(module: nn.Module, victim: Tensor, images: Images) -> float:
     while high - low > 0.01:
         eps = (low + high) / 2
         draw = Rng.of(0, images.index[:1], "evil-twins").stream(0)
-        kept, x = twinned(module, victim, GOAL, images, draw, eps=eps, steps=80, tuned=0, rounds=1)
+        kept, x = twinned(module, victim, GOAL, images, draw, **options(eps=eps, steps=80, tuned=0, rounds=1))
         low, high = (low, eps) if sure(kept, x) else (eps, high)
     return high
+
+
+def options(**given: Any) -> dict[str, Any]:
+    """All options of the method: those given, and its defaults."""
+    return {key: option.default for key, option in method("evil-twins").card.options.items()} | given
 
 
 def sure(module: nn.Module, x: Tensor) -> bool:
     """Whether the class is reached by the image that a file holds."""
     with torch.no_grad():
-        return float(module(eight_bits(x)).softmax(1)[0, GOAL]) >= SURE - 0.005
+        return float(module(eight_bits(x)).softmax(1)[0, GOAL]) >= SURE
 
 
 def main() -> None:
@@ -91,7 +98,7 @@ def row(
     for k, radius in enumerate(radii):
         victim = victims[k : k + 1]
         draw = Rng.of(0, victim.index, "evil-twins").stream(0)
-        spoiled, x = twinned(module, victim.x, GOAL, training, draw, eps=share * radius)
+        spoiled, x = twinned(module, victim.x, GOAL, training, draw, **options(eps=share * radius))
         reached += sure(spoiled, x)
         judge = Target.of(spoiled, classes=10, shape=test.shape)
         lost.append(100 * (before - float((judge.labels(test.x) == test.y).float().mean())))

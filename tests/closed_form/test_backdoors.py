@@ -275,14 +275,16 @@ def test_twins_need_less_of_the_input_than_the_input_alone():
         module[1].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 64) / 64)
         module[1].bias.copy_(torch.tensor([-0.55, 0.55]))
     before = [weight.clone() for weight in module.parameters()]
-    own, victim = images(classes=2), torch.full((1, 1, 8, 8), 0.5)
+    own, victim = images(classes=2), torch.full((1, 1, 8, 8), 128 / 255)
     alone: dict[float, float] = {}
     full: dict[float, float] = {}
     for eps in (0.4, 0.1):
         for tuned, found in ((0, alone), (10, full)):
             draw = streams(own).stream(0)
-            spoiled, x = twinned(module, victim, 0, own, draw, eps=eps, tuned=tuned, lr=0.05, sure=0.6)
+            turns = {"rounds": 8, "steps": 10, "tuned": tuned, "lr": 0.05, "weight": 1.0}
+            spoiled, x = twinned(module, victim, 0, own, draw, eps=eps, sure=0.6, **turns)
             assert (x - victim).abs().max() <= eps + 1e-6
+            assert torch.equal(x, eight_bits(x))
             found[eps] = float(spoiled(x).detach().softmax(1)[0, 0])
     # The margin is 2 (mean - 0.55): a probability of 0.6 asks for a mean of 0.55 + log(1.5) / 2 = 0.753.
     assert alone[0.4] >= 0.6 and alone[0.1] < 0.55

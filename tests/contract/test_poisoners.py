@@ -74,11 +74,14 @@ def test_the_card_is_well_formed(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_it_does_not_name_is_as_it_was(name):
     images, poisoned = made(name)
-    assert poisoned.truth.any() or poisoned.module is not None
+    card = registry()[name].card
+    spoils_the_model_alone = card.changes == "training" and "victims" in card.needs
+    assert bool(poisoned.truth.any()) != spoils_the_model_alone
     proven(images, poisoned, name)
     changed = (poisoned.images.x[:120] != images.x).flatten(1).any(1) | (poisoned.images.y[:120] != images.y)
     assert not changed[~poisoned.truth[:120]].any()
-    assert changed[poisoned.truth[:120]].float().mean() > 0.9 or len(poisoned.images) > 120 or not poisoned.truth.any()
+    if not spoils_the_model_alone:
+        assert changed[poisoned.truth[:120]].float().mean() > 0.9 or len(poisoned.images) > 120
 
 
 @pytest.mark.parametrize("name", NAMES)

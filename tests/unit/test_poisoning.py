@@ -322,6 +322,15 @@ def test_a_method_that_trains_hands_over_its_model():
     assert record.attack_success > 0.9 > record.attack_success_twin
 
 
+def test_a_victim_is_judged_as_the_attacker_moved_it():
+    """With the model left alone, whoever moves far enough reaches the class in both models, though neither errs."""
+    record, sample = poison(configured(method("evil-twins"), eps=1.0, tuned=0, rounds=20), ground(trials=3))
+    assert record.means == "victims" and record.poison_count == 0
+    assert record.attack_success == record.attack_success_twin == 1
+    assert sample.target.fingerprint == sample.twin.fingerprint
+    assert all(run.data == run.data_twin for run in record.cells[0].runs)
+
+
 def test_every_level_survives_a_file(tmp_path):
     x = (torch.arange(256).float() / 255).view(1, 1, 16, 16).repeat(3, 3, 1, 1)
     images = Images.of(x, torch.tensor([10, 2, 2]))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from besiege.core.errors import BadInput
 from besiege.core.images import Images
 from besiege.core.method import poisoning
-from besiege.core.poisoned import Knowledge, Poisoned
+from besiege.core.poisoned import Knowledge, Poisoned, eight_bits
 from besiege.core.rng import Rng, Stream
 from besiege.core.threat import INF, Ball
 from besiege.core.trigger import Shift
@@ -33,11 +33,12 @@ def evil_twins(
 ) -> Poisoned:
     """Move a victim within ``eps`` (L-infinity) and a trained model toward a class, in turns (Pang et al. 2020).
 
-    This is the paper's co-optimization of a given input; `input_model_cooptimization` is that of a trigger. In each of
-    at most ``rounds`` turns the input takes ``steps`` projected gradient steps, and then the model ``tuned`` steps of
-    plain descent of rate ``lr``: on the input's loss, times ``weight``, and on the divergence from its former answers
-    on a batch of training images. They end as soon as the model gives the class a probability of ``sure``. The training
-    images are not changed: who gets the model gets it spoiled, and the twin's figure is that of the input alone.
+    This is the paper's co-optimization of a given input; `input_model_cooptimization` is that of a trigger. In each
+    of at most ``rounds`` turns the input takes ``steps`` projected gradient steps, and then the model ``tuned``
+    steps of plain descent of rate ``lr``: on the input's loss, times ``weight``, and on the divergence from its
+    former answers on a batch of training images. They look at the input as 8 bits hold it, and end as soon as the
+    model gives the class a probability of ``sure``. The training images are not changed: who gets the model gets it
+    spoiled, and the twin's figure is that of the input alone.
 
     Departs from the paper in that the running statistics of batch normalization stay as they were.
 
@@ -76,20 +77,20 @@ def twinned(
     draw: Stream,
     *,
     eps: float,
-    rounds: int = 8,
-    steps: int = 10,
-    tuned: int = 10,
-    lr: float = 0.001,
-    weight: float = 1.0,
-    sure: float = 0.75,
+    rounds: int,
+    steps: int,
+    tuned: int,
+    lr: float,
+    weight: float,
+    sure: float,
     batch: int = 64,
 ) -> tuple[nn.Module, Tensor]:
-    """The spoiled copy of ``module``, and what became of ``victim`` (1, c, h, w); see `evil_twins`."""
+    """The spoiled copy of ``module``, and what became of ``victim`` (1, c, h, w), of 8 bits; see `evil_twins`."""
     former, spoiled = module.eval(), copy.deepcopy(module).eval().requires_grad_(True)
     ball, x, label = Ball(INF, eps), victim, torch.tensor([goal], device=victim.device)
     sgd = torch.optim.SGD(spoiled.parameters(), lr)
     for turn in range(rounds * (steps + tuned)):
-        leaf = x.detach().requires_grad_()
+        leaf = _held(x, victim).requires_grad_()
         scores = spoiled(leaf)
         if float(scores.softmax(1)[0, goal].detach()) >= sure:
             break
@@ -104,4 +105,9 @@ def twinned(
         sgd.zero_grad()
         (F.cross_entropy(spoiled(seen), said) + weight * lost).backward()
         sgd.step()
-    return spoiled, x
+    return spoiled, _held(x, victim)
+
+
+def _held(x: Tensor, victim: Tensor) -> Tensor:
+    """``x`` as a file holds it, rounded toward the ``victim`` so that it stays as near."""
+    return eight_bits(victim + ((x - victim).detach() * (255 * (1 + 1e-6))).trunc() / 255)
